@@ -1,0 +1,57 @@
+# Strongroom. 'make serve' runs a store for trying out; 'make test' runs every check. Both set themselves up.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+VAR := var
+CONFIG := $(VAR)/strongroom.toml
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: serve demo test bench lock clean
+
+# What runs needs no test tools: each list of pinned, hashed requirements has a stamp of its own.
+$(VENV)/run.stamp: .ci/requirements/run.txt pyproject.toml
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing what the server needs (pinned, hashed)"
+	@$(PIP) --require-hashes -r .ci/requirements/run.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp .ci/requirements/test.txt
+	@echo "installing what the tests need (pinned, hashed)"
+	@$(PIP) --require-hashes -r .ci/requirements/test.txt
+	@touch $@
+
+# A store for trying out: key file beside it, its own authority, one peer DEMO.
+$(CONFIG): | $(VENV)/run.stamp
+	@$(BIN)/strongroom --config $(CONFIG) init --with-pki --key-file $(VAR)/store.key
+	@$(BIN)/strongroom --config $(CONFIG) peer add DEMO --issue $(VAR)/demo --description "for trying out"
+
+serve: $(VENV)/run.stamp $(CONFIG)
+	@$(BIN)/python -m benchmarks.demo explain $(CONFIG)
+	@exec $(BIN)/strongroom --config $(CONFIG) serve
+
+demo: $(VENV)/run.stamp
+	@$(BIN)/python -m benchmarks.demo run
+
+test: $(VENV)/test.stamp
+	@.ci/apt
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest --cov --cov-report=term:skip-covered
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks.receive
+
+# Only after a change of the dependencies in pyproject.toml; needs uv. setuptools is what the package itself is built with.
+lock:
+	echo 'setuptools>=77' | uv pip compile --quiet pyproject.toml - --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate --no-emit-index-url --output-file .ci/requirements/run.txt
+	echo 'setuptools>=77' | uv pip compile --quiet pyproject.toml - --extra test --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate --no-emit-index-url --output-file .ci/requirements/test.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info
