@@ -1,0 +1,1 @@
+"""What lies on disk: packs, deposits, the archive, key records, the index. Knows no DICOM library, no network."""

@@ -1,0 +1,63 @@
+"""Connections to SQLite and SQLCipher through sqlite-utils: one driver, one set of pragmas, explicit transactions."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import sqlcipher3
+import sqlcipher3.dbapi2
+
+# sqlite-utils looks for this name and falls back to the standard library's driver, whose errors it would then
+# catch in place of SQLCipher's: the alias stands before its first import, and nowhere else is it imported.
+sys.modules.setdefault("pysqlite3", sqlcipher3)
+sys.modules.setdefault("pysqlite3.dbapi2", sqlcipher3.dbapi2)
+
+from sqlite_utils import Database  # noqa: E402
+from sqlite_utils.migrations import Migrations  # noqa: E402
+
+__all__ = ["Database", "DatabaseError", "Migrations", "connect", "transaction"]
+
+DatabaseError: type[Exception] = sqlcipher3.DatabaseError
+
+
+def connect(path: Path, key: tuple[bytes, bytes] | None = None) -> Database:
+    """Open a database, or make it.
+
+    Args:
+        path: The file.
+        key: SQLCipher's raw key (32 bytes) and salt (16 bytes); None for plain SQLite.
+
+    Raises:
+        DatabaseError: It is no database, or another key's.
+    """
+    connection = sqlcipher3.connect(str(path), isolation_level=None, check_same_thread=False, timeout=30)
+    try:
+        if key is not None:
+            # Not PRAGMA key: that text reaches trace callbacks.
+            connection.set_key("x'" + key[0].hex() + key[1].hex() + "'")
+            connection.execute("PRAGMA cipher_log_level = NONE")
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("PRAGMA secure_delete = ON")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA journal_mode = WAL")
+        # In WAL mode NORMAL can lose the last commits at a power cut; what was admitted must stay admitted.
+        connection.execute("PRAGMA synchronous = FULL")
+    except BaseException:
+        connection.close()
+        raise
+    return Database(connection)
+
+
+@contextlib.contextmanager
+def transaction(database: Database) -> Iterator[None]:
+    """Run a write transaction that takes its lock at once: one begun deferred fails when another writer was faster."""
+    database.conn.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        database.conn.execute("ROLLBACK")
+        raise
+    database.conn.execute("COMMIT")
