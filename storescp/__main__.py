@@ -1,0 +1,5 @@
+"""``python -m storescp`` is the ``strongroom`` command; the supervisor starts its processes this way."""
+
+from storescp.cli import main
+
+main()

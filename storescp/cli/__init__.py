@@ -1,0 +1,82 @@
+"""The ``strongroom`` command. One module a verb group; a verb's module is imported when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from storescp import __version__
+from storescp.errors import StrongroomError
+
+_VERBS = {
+    "init": ("storescp.cli.setup", "Make a new store."),
+    "serve": ("storescp.cli.serve", "Run gate and vault under one supervisor."),
+    "gate": ("storescp.cli.serve", "Run the gate alone."),
+    "vault": ("storescp.cli.serve", "Run the vault alone."),
+    "unlock": ("storescp.cli.setup", "Unlock the running vault."),
+    "lock": ("storescp.cli.setup", "Lock the running vault."),
+    "status": ("storescp.cli.setup", "Say how the store is."),
+    "peer": ("storescp.cli.peer", "Add, list and remove peers."),
+    "list": ("storescp.cli.find", "List studies, series or instances."),
+    "export": ("storescp.cli.export", "Write instances as DICOM files."),
+}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        module = importlib.import_module(_VERBS[cmd_name][0])
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # Without importing every verb's module, so that --help is quick.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _VERBS.items()])
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--config",
+    metavar="FILE",
+    help="Configuration; else STRONGROOM_CONFIG, ./strongroom.toml, /etc/strongroom/strongroom.toml.",
+)
+@click.version_option(__version__, prog_name="strongroom")
+@click.pass_context
+def strongroom(context: click.Context, config: str | None) -> None:
+    r"""Encrypted-at-rest DICOM storage server.
+
+    \b
+    Exit status: 0 done, 1 failed, 2 usage, 3 partly done, 4 locked, 5 nothing matched, 6 findings.
+    Completion for bash: eval "$(_STRONGROOM_COMPLETE=bash_source strongroom)"
+    """
+    context.obj = config
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit with its status."""
+    try:
+        result: Any = strongroom.main(args=arguments, prog_name="strongroom", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except StrongroomError as error:
+        for line in str(error).split("\n"):
+            click.echo(f"strongroom: error: {line}", err=True)
+        if error.hint:
+            click.echo(f"strongroom: hint: {error.hint}", err=True)
+        sys.exit(error.status)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(result if isinstance(result, int) else 0)

@@ -1,0 +1,75 @@
+"""``serve``, ``gate`` and ``vault``: the long-running processes."""
+
+from __future__ import annotations
+
+import socket
+
+import click
+
+from storescp import log
+from storescp.cli.session import config_of
+from storescp.config import Config
+
+
+@click.command("serve")
+@click.pass_obj
+def serve_command(given: str | None, /) -> None:
+    r"""Run gate and vault under one supervisor, as one user, until SIGTERM.
+
+    Receives DICOM over TLS from the configured peers. With an unlock.key_file in the configuration the vault
+    unlocks by itself; without one it receives all the same and waits for 'strongroom unlock'.
+
+    \b
+    Example:
+      $ strongroom --config /srv/strongroom/strongroom.toml serve
+    Exit status: 0 stopped, 1 cannot start, 2 configuration.
+    """
+    from storescp import supervisor
+
+    config = _started("serve", given)
+    supervisor.run(config)
+
+
+@click.command("gate")
+@click.pass_obj
+def gate_command(given: str | None, /) -> None:
+    r"""Run the gate alone: receives and deposits, opens nothing.
+
+    \b
+    Example:
+      $ strongroom gate
+    Exit status: 0 stopped, 1 cannot start, 2 configuration.
+    """
+    from storescp import supervisor
+    from storescp.gate import service
+
+    config = _started("gate", given)
+    supervisor.die_with_parent()
+    service.run(config)
+
+
+@click.command("vault")
+@click.option("--connection", type=int, hidden=True, help="Serve one inherited connection only.")
+@click.pass_obj
+def vault_command(given: str | None, /, connection: int | None) -> None:
+    r"""Run the vault alone: admits deposits and answers this command line. It opens no network port.
+
+    \b
+    Example:
+      $ strongroom vault
+    Exit status: 0 stopped, 1 cannot start, 2 configuration.
+    """
+    from storescp import supervisor
+    from storescp.vault import service
+
+    config = _started("vault", given, quiet=connection is not None)
+    supervisor.die_with_parent()
+    single = socket.socket(fileno=connection) if connection is not None else None
+    service.run(config, single=single)
+
+
+def _started(process: str, given: str | None, *, quiet: bool = False) -> Config:
+    config = config_of(given)
+    settings = config.settings.log
+    log.set_up(process, settings.format, "error" if quiet else settings.level)
+    return config

@@ -1,0 +1,145 @@
+"""A command's connection to the vault: the running one, or one started for this command alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from keys import slots
+from storescp.config import Config, load, locate
+from storescp.control import Client
+from storescp.errors import LOCKED, StrongroomError
+
+
+def config_of(given: str | None) -> Config:
+    """Return the configuration that a command uses.
+
+    Raises:
+        ConfigError: It is missing or has errors.
+    """
+    return load(locate(given))
+
+
+@contextlib.contextmanager
+def vault(config: Config, *, unlocked: bool = True) -> Iterator[Client]:
+    """Connect to the vault.
+
+    Args:
+        config: The configuration.
+        unlocked: The command needs an unlocked vault: one started for it asks for a passphrase if it must.
+
+    Raises:
+        StrongroomError: No vault can be reached or started, or it is locked.
+    """
+    running = _connect(config)
+    if running is not None:
+        client = Client(running)
+        try:
+            yield client
+        finally:
+            client.close()
+        return
+    with _started(config) as client:
+        if unlocked and client.json("GET", "/v1/status")["locked"]:
+            unlock(client, ask_secret(None, None))
+        yield client
+
+
+def unlock(client: Client, secret: slots.Secret) -> None:
+    """Unlock a vault.
+
+    Raises:
+        StrongroomError: The secret does not open it.
+    """
+    match secret:
+        case slots.Passphrase(text=text):
+            client.json("POST", "/v1/unlock", {"passphrase": text})
+        case slots.KeyFile(secret=key):
+            client.json("POST", "/v1/unlock", {"key": key})
+
+
+def ask_secret(key_file: Path | None, passphrase_file: Path | None) -> slots.Secret:
+    """Return a secret from a file, or asked for on the terminal.
+
+    Raises:
+        StrongroomError: The file is no good, or there is no terminal.
+    """
+    if key_file is not None:
+        try:
+            return slots.read_key_file(key_file)
+        except slots.KeyFileError as error:
+            raise StrongroomError(str(error)) from error
+    if passphrase_file is not None:
+        return slots.Passphrase(read_passphrase(passphrase_file))
+    if not sys.stdin.isatty():
+        raise StrongroomError(
+            "the vault is locked",
+            hint="'strongroom unlock' opens it, or set unlock.key_file in the configuration",
+            status=LOCKED,
+        )
+    return slots.Passphrase(click.prompt("Passphrase", hide_input=True, err=True))
+
+
+def read_passphrase(file: Path) -> str:
+    """Return the first line of a file.
+
+    Raises:
+        StrongroomError: It cannot be read.
+    """
+    try:
+        return file.read_text("utf-8").split("\n", 1)[0]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StrongroomError(f"the passphrase file {file} cannot be read: {error}") from error
+
+
+def _connect(config: Config) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(os.fspath(config.socket))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    except OSError as error:
+        connection.close()
+        raise StrongroomError(
+            f"the vault's socket {config.socket} cannot be used: {error.strerror}",
+            hint="run this command as root or as the user that the vault runs as",
+        ) from error
+    return connection
+
+
+@contextlib.contextmanager
+def _started(config: Config) -> Iterator[Client]:
+    try:
+        owner = config.store_path.stat().st_uid
+    except OSError as error:
+        raise StrongroomError(f"the store {config.store_path} cannot be found: {error.strerror}") from error
+    if os.geteuid() not in {0, owner}:
+        raise StrongroomError(
+            "no vault is running, and only root or the store's owner may start one",
+            hint="start the service, or run this command with sudo",
+        )
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    command = [sys.executable, "-m", "storescp", "--config", str(config.file)]
+    command += ["vault", "--connection", str(theirs.fileno())]
+    # As the store's owner, so that nothing in the store becomes root's.
+    process = subprocess.Popen(
+        command,
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        user=owner if os.geteuid() != owner else None,
+    )
+    theirs.close()
+    client = Client(ours)
+    try:
+        yield client
+    finally:
+        client.close()
+        process.wait()

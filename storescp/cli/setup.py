@@ -1,0 +1,198 @@
+"""``init``, ``unlock``, ``lock`` and ``status``."""
+
+from __future__ import annotations
+
+import socket as sockets
+from pathlib import Path
+from typing import Any
+
+import click
+
+from keys import slots
+from storescp.cli import output
+from storescp.cli.session import ask_secret, config_of, read_passphrase, unlock, vault
+from storescp.config import is_ae_title, parse_address
+from storescp.errors import StrongroomError
+
+_WARNING = """\
+Two things now exist once in the world:
+  {keyring}   the keyring: without it no study opens
+  {anchors}   the anchors: without them the keyring's key versions do not open
+Lose either, or every way to unlock, and every study is lost, backups included. Back up the keyring with the store.
+Never back up the anchors: destroying one is what proves that a key version is gone.
+ONE FAILURE FROM TOTAL LOSS until a recovery export exists."""
+
+
+@click.command("init")
+@click.option(
+    "--listen",
+    default=["127.0.0.1:2762"],
+    multiple=True,
+    help="Address and port of the gate; may be repeated.",
+)
+@click.option("--ae-title", default="STRONGROOM", show_default=True, help="The server's own AE title.")
+@click.option("--key-file", type=click.Path(path_type=Path), help="Make a key file here and a slot that opens with it.")
+@click.option("--passphrase-file", type=click.Path(path_type=Path), help="Read the passphrase of a slot from a file.")
+@click.option(
+    "--with-pki",
+    is_flag=True,
+    help="Make a certificate authority of the store's own and a server certificate.",
+)
+@click.option("--server-name", multiple=True, help="Name or address in the server certificate; may be repeated.")
+@click.pass_obj
+def init_command(
+    given: str | None,
+    /,
+    listen: tuple[str, ...],
+    ae_title: str,
+    key_file: Path | None,
+    passphrase_file: Path | None,
+    with_pki: bool,
+    server_name: tuple[str, ...],
+) -> None:
+    r"""Make a new store beside its configuration file.
+
+    Without --key-file and --passphrase-file a passphrase is asked for. A store is never made over another one.
+
+    \b
+    Example:
+      $ strongroom --config /srv/strongroom/strongroom.toml init --with-pki --listen 192.0.2.10:2762
+    Exit status: 0 made, 1 something is there already, 2 usage.
+    """
+    from storescp.vault.create import Plan, create
+
+    for address in listen:
+        try:
+            parse_address(address)
+        except ValueError as error:
+            raise click.BadParameter(f"'{address}' is no address with a port, as in 127.0.0.1:2762") from error
+    if not is_ae_title(ae_title):
+        raise click.BadParameter(f"'{ae_title}' is no AE title: 1 to 16 ASCII characters, no backslash")
+    passphrase = _new_passphrase(key_file, passphrase_file)
+    names = list(server_name) or _names(listen)
+    file = Path(given or "strongroom.toml").absolute()
+    config = create(
+        Plan(
+            file,
+            list(listen),
+            ae_title,
+            passphrase,
+            key_file.absolute() if key_file else None,
+            names,
+            with_pki,
+        )
+    )
+    click.echo(f"made a store: {config.store_path}")
+    click.echo(f"configuration: {file}")
+    if key_file:
+        click.echo(f"key file: {key_file.absolute()}; whoever has it and the disks can read the store")
+    if with_pki:
+        click.echo(f"server certificate: {config.certificate} for {', '.join(names)}")
+    else:
+        click.echo(f"put the server's certificate at {config.certificate} and its key at {config.private_key}")
+    click.echo()
+    click.echo(_WARNING.format(keyring=config.keyring, anchors=config.anchors))
+
+
+@click.command("unlock")
+@click.option("--key-file", type=click.Path(path_type=Path), help="Unlock with a key file.")
+@click.option("--passphrase-file", type=click.Path(path_type=Path), help="Read the passphrase from a file.")
+@click.pass_obj
+def unlock_command(given: str | None, /, key_file: Path | None, passphrase_file: Path | None) -> None:
+    r"""Unlock the running vault, which then admits what waits. Asks for the passphrase unless a file is named.
+
+    \b
+    Example:
+      $ strongroom unlock
+    Exit status: 0 unlocked, 1 failed, 4 this does not unlock the store.
+    """
+    config = config_of(given)
+    with vault(config, unlocked=False) as client:
+        unlock(client, ask_secret(key_file, passphrase_file))
+    click.echo("unlocked")
+
+
+@click.command("lock")
+@click.pass_obj
+def lock_command(given: str | None, /) -> None:
+    r"""Lock the running vault: it forgets its keys. Receiving goes on.
+
+    \b
+    Example:
+      $ strongroom lock
+    """
+    with vault(config_of(given), unlocked=False) as client:
+        client.json("POST", "/v1/lock")
+    click.echo("locked")
+
+
+@click.command("status")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def status_command(given: str | None, /, as_json: bool) -> None:
+    r"""Say how the store is: locked or not, what waits, what is held, who stored last, how much disk is left.
+
+    \b
+    Example:
+      $ strongroom status --json
+    """
+    config = config_of(given)
+    with vault(config, unlocked=False) as client:
+        status = client.json("GET", "/v1/status")
+    if as_json:
+        output.document(status)
+        return
+    for line in _lines(status):
+        click.echo(line)
+
+
+def _lines(status: dict[str, Any]) -> list[str]:
+    lines = [f"store {status['store_id']}"]
+    lines.append(
+        f"LOCKED since {status['locked_since']}"
+        if status["locked"]
+        else f"unlocked, key version {status['key_version']}"
+    )
+    deposits = status["deposits"]
+    waiting = f"{output.plural(deposits['packs'], 'pack')} waiting ({output.size(deposits['bytes'])})"
+    lines.append(waiting + (f", the oldest since {deposits['oldest']}" if deposits["oldest"] else ""))
+    if not status["locked"]:
+        counts = status["counts"]
+        held = [
+            output.plural(counts[n], s, p)
+            for n, s, p in (
+                ("studies", "study", "studies"),
+                ("series", "series", "series"),
+                ("instances", "instance", ""),
+            )
+        ]
+        lines.append(f"{', '.join(held)} held in {output.plural(counts['packs'], 'pack')}")
+        extra = {n: counts[n] for n in ("duplicates", "conflicts", "unreadable", "undecoded") if counts[n]}
+        if extra:
+            lines.append(", ".join(f"{number} {name}" for name, number in extra.items()))
+        for title, when in status["last_store"].items():
+            lines.append(f"last store from {title}: {when}")
+    for name, disk in status["disk"].items():
+        lines.append(f"{name}: {output.size(disk['free'])} of {output.size(disk['total'])} free")
+    lines += [f"WARNING: {text}" for text in status["warnings"]]
+    return lines
+
+
+def _new_passphrase(key_file: Path | None, passphrase_file: Path | None) -> str | None:
+    if passphrase_file is not None:
+        text = read_passphrase(passphrase_file)
+    elif key_file is not None:
+        return None
+    else:
+        text = click.prompt("Passphrase for the new store", hide_input=True, confirmation_prompt=True, err=True)
+    try:
+        slots.check_passphrase(text)
+    except slots.WeakPassphraseError as error:
+        raise StrongroomError(str(error), hint="four or more unrelated words are good and can be remembered") from error
+    return text
+
+
+def _names(listen: tuple[str, ...]) -> list[str]:
+    hosts = [parse_address(address)[0] for address in listen]
+    named = [host for host in hosts if host not in {"0.0.0.0", "::"}]  # noqa: S104
+    return list(dict.fromkeys([sockets.gethostname(), *named, *(["localhost"] if "127.0.0.1" in named else [])]))

@@ -1,0 +1,304 @@
+"""``strongroom.toml``: its schema, its defaults and their explanation, in one place. Unknown keys are errors.
+
+The file that ``init`` writes is made from this module, so that what is explained is what is read.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from storescp.errors import USAGE, StrongroomError
+
+SEARCH = ("strongroom.toml", "/etc/strongroom/strongroom.toml")
+
+
+class Store(msgspec.Struct, kw_only=True):
+    """Where the store is."""
+
+    path: str
+    anchors: str
+    spool: str
+    signing_key: str
+
+
+class Unlock(msgspec.Struct, kw_only=True):
+    """How the vault unlocks by itself."""
+
+    key_file: str = ""
+
+
+class Gate(msgspec.Struct, kw_only=True):
+    """The DICOM listener."""
+
+    listen: list[str] = msgspec.field(default_factory=lambda: ["127.0.0.1:2762"])
+    ae_title: str = "STRONGROOM"
+    certificate: str = "tls/server.pem"
+    private_key: str = "tls/server.key"
+    trust: list[str] = msgspec.field(default_factory=list)
+    peers: str = "peers.d"
+    maximum_pdu: int = 131_072
+    maximum_associations: int = 100
+    request_seconds: int = 15
+    idle_seconds: int = 60
+    drain_seconds: int = 30
+    pack_bytes: int = 1 << 30
+    pack_idle_seconds: int = 5
+    packs_per_peer: int = 16
+
+
+class Control(msgspec.Struct, kw_only=True):
+    """The vault's own socket."""
+
+    socket: str = "run/vault.sock"
+
+
+class Log(msgspec.Struct, kw_only=True):
+    """The log on standard error."""
+
+    format: str = "text"
+    level: str = "info"
+
+
+class Settings(msgspec.Struct, kw_only=True):
+    """The whole file."""
+
+    store: Store
+    unlock: Unlock = msgspec.field(default_factory=Unlock)
+    gate: Gate = msgspec.field(default_factory=Gate)
+    control: Control = msgspec.field(default_factory=Control)
+    log: Log = msgspec.field(default_factory=Log)
+
+
+EXPLAINED = {
+    "store": "Where the store is. Relative paths count from this file's folder.",
+    "store.path": "Admitted packs, keyring, keys.db and index. Part of every backup.",
+    "store.anchors": "The anchors of the key versions. Outside every backup:\n"
+    "destroying one is what proves a version gone.",
+    "store.spool": "incoming/ (the gate writes deposits here) and public/ (the deposit keys that it uses).",
+    "store.signing_key": "The store's public signing key. A gate takes no deposit key that it did not sign.",
+    "unlock": "How the vault unlocks by itself when it starts. Without it, receiving works all the same\n"
+    "and the vault waits for 'strongroom unlock'.",
+    "unlock.key_file": "A key file that a slot of the keyring opens with.\n"
+    "Whoever has it and the disks can read the store: keep it apart.",
+    "gate": "The DICOM listener: TLS with client certificates only, and only peers with a file in peers.d.",
+    "gate.listen": 'Addresses and ports. Nothing else is opened. IPv6 in brackets: "[::1]:2762".',
+    "gate.ae_title": "The called AE title; an association that asks for another one is rejected.",
+    "gate.certificate": "The server's certificate chain, PEM.",
+    "gate.private_key": "Its private key, PEM, mode 0600.",
+    "gate.trust": "Certificates of the authorities that issue peers' certificates, PEM.\n"
+    "A peer also needs its own certificate in its file.",
+    "gate.peers": "The folder of peer files, one a peer; changes are taken up while running.",
+    "gate.maximum_pdu": "Largest PDU accepted, in bytes, 4096 to 1048576; offered in the negotiation and enforced.",
+    "gate.maximum_associations": "Connections at a time; more are closed at once.",
+    "gate.request_seconds": "Time for the TLS handshake, and again for the association request.",
+    "gate.idle_seconds": "An established association that sends nothing for this long is aborted.",
+    "gate.drain_seconds": "When stopping: time for associations in transfer to finish.",
+    "gate.pack_bytes": "A pack is closed at this size; a study may have many.",
+    "gate.pack_idle_seconds": "A pack is closed when nothing was added for this long.",
+    "gate.packs_per_peer": "Packs that may stay open for one peer.",
+    "control": "The Unix socket on which this command line talks to the vault.",
+    "control.socket": "Its path, at most 100 characters.",
+    "log": "The log goes to standard error; journald or the supervisor keeps it.",
+    "log.format": '"text" or "json".',
+    "log.level": '"debug", "info", "warning" or "error".',
+}
+
+
+class ConfigError(StrongroomError):
+    """One or more errors in a configuration file; all are told."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint, status=USAGE)
+
+
+class Config:
+    """A read configuration: the settings, and their paths made absolute."""
+
+    def __init__(self, file: Path, settings: Settings) -> None:
+        self.file = file
+        self.settings = settings
+        self.store_path = self._path(settings.store.path)
+        self.keyring = self.store_path / "keyring"
+        self.keys_db = self.store_path / "keys.db"
+        self.lock = self.store_path / "lock"
+        self.anchors = self._path(settings.store.anchors)
+        self.incoming = self._path(settings.store.spool) / "incoming"
+        self.public = self._path(settings.store.spool) / "public"
+        self.peers = self._path(settings.gate.peers)
+        self.certificate = self._path(settings.gate.certificate)
+        self.private_key = self._path(settings.gate.private_key)
+        self.trust = [self._path(p) for p in settings.gate.trust]
+        self.socket = self._path(settings.control.socket)
+        self.key_file = self._path(settings.unlock.key_file) if settings.unlock.key_file else None
+        self.signing_key = base64.b64decode(settings.store.signing_key.removeprefix("ed25519:"))
+
+    def index(self, version: int) -> Path:
+        """Return where the index of a key version is."""
+        return self.store_path / f"index-{version}.db"
+
+    def _path(self, text: str) -> Path:
+        return self.file.parent / text
+
+
+def locate(given: str | None) -> Path:
+    """Return the configuration file to use.
+
+    Raises:
+        ConfigError: None is there.
+    """
+    if given:
+        return Path(given).absolute()
+    if from_environment := os.environ.get("STRONGROOM_CONFIG"):
+        return Path(from_environment).absolute()
+    for name in SEARCH:
+        if Path(name).exists():
+            return Path(name).absolute()
+    raise ConfigError(
+        f"no configuration: neither {' nor '.join(SEARCH)} exists",
+        hint="make a store with 'strongroom init', or name its file with --config or STRONGROOM_CONFIG",
+    )
+
+
+def load(file: Path) -> Config:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: With every error in it, each with file and key.
+    """
+    try:
+        document = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    settings, errors = convert(document, Settings)
+    if settings is not None:
+        errors = _check(settings)
+    if settings is None or errors:
+        raise ConfigError("\n".join(f"{file}: {e}" for e in errors))
+    return Config(file, settings)
+
+
+def convert(document: dict[str, Any], kind: type[Any], prefix: str = "") -> tuple[Any, list[str]]:
+    """Turn a TOML table into a struct and collect every error, each with its key.
+
+    Returns:
+        The struct, or None where there are errors, and the errors.
+    """
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    errors = [f"{prefix}{key}: unknown key" for key in document if key not in fields]
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name not in document:
+            if field.required:
+                errors.append(f"{prefix}{name}: missing")
+            continue
+        value = document[name]
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            if isinstance(value, dict):
+                values[name], inner = convert(value, field.type, f"{prefix}{name}.")
+                errors += inner
+            else:
+                errors.append(f"{prefix}{name}: must be a table")
+            continue
+        try:
+            values[name] = msgspec.convert(value, field.type)
+        except msgspec.ValidationError as error:
+            errors.append(f"{prefix}{name}: {str(error)[0].lower()}{str(error)[1:]}")
+    return (kind(**values), []) if not errors else (None, errors)
+
+
+def render(settings: Settings) -> str:
+    """Return settings as TOML with every one explained."""
+    lines = [
+        "# Strongroom. Unknown keys are errors. 'strongroom serve' reads this file; SIGHUP makes it read again.",
+        "",
+    ]
+    for section in msgspec.structs.fields(Settings):
+        table = getattr(settings, section.name)
+        lines += [*_comment(section.name), f"[{section.name}]", ""]
+        for field in msgspec.structs.fields(type(table)):
+            lines += _comment(f"{section.name}.{field.name}")
+            lines += [f"{field.name} = {_toml(getattr(table, field.name))}", ""]
+    return "\n".join(lines)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Return host and port of ``127.0.0.1:2762`` or ``[::1]:2762``.
+
+    Raises:
+        ValueError: It is no address with a port.
+    """
+    host, _, port = text.rpartition(":")
+    address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    if not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise ValueError("no port")
+    if (address.version == 6) != host.startswith("["):
+        raise ValueError("an IPv6 address needs brackets")
+    return str(address), int(port)
+
+
+def is_ae_title(text: str) -> bool:
+    """Tell whether text can be an AE title (PS3.5, VR AE): 1 to 16 characters of ISO 646, no backslash or control."""
+    return bool(text.strip(" ")) and len(text) <= 16 and all(" " <= c <= "~" and c != "\\" for c in text)
+
+
+def _check(settings: Settings) -> list[str]:
+    gate = settings.gate
+    errors = []
+    try:
+        key = base64.b64decode(settings.store.signing_key.removeprefix("ed25519:"), validate=True)
+        if len(key) != 32 or not settings.store.signing_key.startswith("ed25519:"):
+            raise ValueError
+    except (binascii.Error, ValueError):
+        errors.append("store.signing_key: must be 'ed25519:' and 32 bytes in base64")
+    if not gate.listen:
+        errors.append("gate.listen: names no address")
+    for address in gate.listen:
+        try:
+            parse_address(address)
+        except ValueError:
+            errors.append(f"gate.listen: '{address}' is no address with a port, as in 127.0.0.1:2762 or [::1]:2762")
+    if not is_ae_title(gate.ae_title):
+        errors.append("gate.ae_title: must be 1 to 16 characters, ASCII, no backslash")
+    for name, low, high in (
+        ("maximum_pdu", 4096, 1 << 20),
+        ("maximum_associations", 1, 10_000),
+        ("request_seconds", 1, 600),
+        ("idle_seconds", 1, 86_400),
+        ("drain_seconds", 0, 3600),
+        ("pack_bytes", 1 << 20, 1 << 40),
+        ("pack_idle_seconds", 1, 3600),
+        ("packs_per_peer", 1, 1000),
+    ):
+        if not low <= getattr(gate, name) <= high:
+            errors.append(f"gate.{name}: must be from {low} to {high}")
+    if settings.log.format not in {"text", "json"}:
+        errors.append("log.format: must be text or json")
+    if settings.log.level not in {"debug", "info", "warning", "error"}:
+        errors.append("log.level: must be debug, info, warning or error")
+    return errors
+
+
+def _comment(key: str) -> list[str]:
+    return [f"# {line}" for line in EXPLAINED[key].split("\n")]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, str):
+        return toml_string(value)
+    return str(value)
+
+
+def toml_string(text: str) -> str:
+    """Return text as a TOML basic string."""
+    escaped = "".join(f"\\{c}" if c in '"\\' else c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
+    return f'"{escaped}"'

@@ -1,0 +1,107 @@
+"""DIMSE command sets (PS3.7 annex E): decode requests, encode responses. Implicit VR little endian, group 0000."""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+C_STORE_RQ, C_ECHO_RQ, C_CANCEL_RQ = 0x0001, 0x0030, 0x0FFF
+NO_DATA_SET = 0x0101
+COMMAND_LIMIT = 16_384
+
+_ELEMENT = struct.Struct("<HHI")
+_US = struct.Struct("<H")
+_RESPONSE_BIT = 0x8000
+_COMMENT_LIMIT = 64
+
+
+class CommandError(Exception):
+    """A command set is malformed."""
+
+
+class Command(msgspec.Struct, frozen=True):
+    """What a request's command set says. UIDs without their padding."""
+
+    field: int
+    message_id: int
+    sop_class: str
+    sop_instance: str
+    has_data_set: bool
+
+
+def decode(content: bytes) -> Command:
+    """Return a request's command.
+
+    Raises:
+        CommandError: It is malformed, or no request.
+    """
+    elements: dict[int, bytes] = {}
+    position = 0
+    while position < len(content):
+        if len(content) - position < 8:
+            raise CommandError("a command set ends within an element")
+        group, element, length = _ELEMENT.unpack_from(content, position)
+        position += 8
+        if group != 0 or length > len(content) - position:
+            raise CommandError("a command set holds another group or an impossible length")
+        if element in elements:
+            raise CommandError("a command set holds an element twice")
+        elements[element] = content[position : position + length]
+        position += length
+    field = _number(elements, 0x0100)
+    if field & _RESPONSE_BIT:
+        raise CommandError("a response where a request is expected")
+    if field == C_CANCEL_RQ:
+        return Command(field, _number(elements, 0x0120), "", "", has_data_set=False)
+    return Command(
+        field,
+        _number(elements, 0x0110),
+        _uid(elements, 0x0002) or _uid(elements, 0x0003),
+        _uid(elements, 0x1000) or _uid(elements, 0x1001),
+        has_data_set=_number(elements, 0x0800) != NO_DATA_SET,
+    )
+
+
+def response(command: Command, status: int, comment: str = "") -> bytes:
+    """Return the command set of a response without a data set."""
+    body = b"".join(
+        [
+            _text(0x0002, command.sop_class, b"\0") if command.sop_class else b"",
+            _short(0x0100, command.field | _RESPONSE_BIT),
+            _short(0x0120, command.message_id),
+            _short(0x0800, NO_DATA_SET),
+            _short(0x0900, status),
+            _text(0x0902, comment[:_COMMENT_LIMIT], b" ") if comment else b"",
+            _text(0x1000, command.sop_instance, b"\0") if command.sop_instance else b"",
+        ]
+    )
+    return _ELEMENT.pack(0, 0, 4) + struct.pack("<I", len(body)) + body
+
+
+def _number(elements: dict[int, bytes], element: int) -> int:
+    value = elements.get(element, b"")
+    if len(value) != 2:
+        raise CommandError("a command set lacks a number, or one has a wrong length")
+    return int(_US.unpack(value)[0])
+
+
+def _uid(elements: dict[int, bytes], element: int) -> str:
+    value = elements.get(element, b"").rstrip(b"\0 ")
+    if len(value) > 64:
+        raise CommandError("a command set holds a UID of over 64 characters")
+    try:
+        return value.decode("ascii")
+    except UnicodeDecodeError:
+        raise CommandError("a command set holds a UID that is no ASCII text") from None
+
+
+def _short(element: int, value: int) -> bytes:
+    return _ELEMENT.pack(0, element, 2) + _US.pack(value)
+
+
+def _text(element: int, value: str, padding: bytes) -> bytes:
+    raw = value.encode("ascii")
+    if len(raw) % 2:
+        raw += padding
+    return _ELEMENT.pack(0, element, len(raw)) + raw

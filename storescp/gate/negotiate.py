@@ -1,0 +1,134 @@
+"""Association negotiation: pynetdicom's edge. Bytes of a request to a decision, a decision to bytes of a reply.
+
+One of the two places of the gate that import pynetdicom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import msgspec
+from pydicom.uid import UID
+from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
+from pynetdicom.pdu_primitives import (
+    A_ASSOCIATE,
+    ImplementationClassUIDNotification,
+    ImplementationVersionNameNotification,
+    MaximumLengthNotification,
+    SCP_SCU_RoleSelectionNegotiation,
+)
+from pynetdicom.presentation import PresentationContext
+
+from storescp.gate.transfer import ENCODINGS, STORAGE_CLASSES, VERIFICATION
+from storescp.gate.wire import WireError
+from storescp.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
+
+_ACCEPTED, _NO_ABSTRACT_SYNTAX, _NO_TRANSFER_SYNTAX = 0x00, 0x03, 0x04
+
+
+class Request(msgspec.Struct, frozen=True):
+    """An association request: AE titles as their 16 raw bytes, and pynetdicom's primitive."""
+
+    calling: bytes
+    called: bytes
+    primitive: A_ASSOCIATE
+
+
+class Context(msgspec.Struct, frozen=True):
+    """An accepted presentation context."""
+
+    abstract_syntax: str
+    transfer_syntax: str
+
+
+class Agreement(msgspec.Struct, frozen=True):
+    """What was negotiated: the reply to send, accepted contexts by id, the peer's maximum PDU length (0: none)."""
+
+    reply: bytes
+    contexts: dict[int, Context]
+    maximum_pdu: int
+
+
+def decode(pdu: bytes) -> Request:
+    """Return the request in an A-ASSOCIATE-RQ PDU.
+
+    Raises:
+        WireError: It is malformed.
+    """
+    try:
+        request = A_ASSOCIATE_RQ()
+        request.decode(pdu)
+        # The titles count as bytes; pynetdicom decodes and strips them.
+        return Request(pdu[26:42], pdu[10:26], request.to_primitive())
+    except Exception as error:
+        # The library raises whatever it stumbles over; for us each of them is a malformed request.
+        raise WireError("the association request is malformed") from error
+
+
+def agree(request: Request, *, private_classes: Collection[str], maximum_pdu: int) -> Agreement:
+    """Accept what a peer may use: storage and verification, in the first proposed transfer syntax that is known.
+
+    Raises:
+        WireError: The request cannot be answered.
+    """
+    try:
+        return _agree(request.primitive, private_classes, maximum_pdu)
+    except Exception as error:
+        raise WireError("the association request cannot be answered") from error
+
+
+def _agree(request: A_ASSOCIATE, private_classes: Collection[str], maximum_pdu: int) -> Agreement:
+    accepted: dict[int, Context] = {}
+    results = []
+    for proposed in request.presentation_context_definition_list:
+        result, syntax = _decide(proposed, private_classes)
+        context = PresentationContext()
+        context.context_id = proposed.context_id
+        context.abstract_syntax = proposed.abstract_syntax
+        context.transfer_syntax = [UID(syntax)]
+        context.result = result
+        results.append(context)
+        if result == _ACCEPTED:
+            accepted[int(proposed.context_id)] = Context(str(proposed.abstract_syntax), syntax)
+
+    reply = A_ASSOCIATE()
+    reply.application_context_name = UID("1.2.840.10008.3.1.1.1")
+    reply.calling_ae_title = request.calling_ae_title
+    reply.called_ae_title = request.called_ae_title
+    reply.result = 0x00
+    reply.result_source = 0x01
+    reply.presentation_context_definition_results_list = results
+    length = MaximumLengthNotification()
+    length.maximum_length_received = maximum_pdu
+    class_uid = ImplementationClassUIDNotification()
+    class_uid.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
+    version = ImplementationVersionNameNotification()
+    version.implementation_version_name = IMPLEMENTATION_VERSION
+    reply.user_information = [length, class_uid, version, *_roles(request, accepted)]
+    pdu = A_ASSOCIATE_AC()
+    pdu.from_primitive(reply)
+    return Agreement(pdu.encode(), accepted, int(request.maximum_length_received or 0))
+
+
+def _decide(proposed: PresentationContext, private_classes: Collection[str]) -> tuple[int, str]:
+    syntaxes = [str(s) for s in proposed.transfer_syntax]
+    abstract = str(proposed.abstract_syntax)
+    first = syntaxes[0] if syntaxes else "1.2.840.10008.1.2"
+    if abstract not in STORAGE_CLASSES and abstract != VERIFICATION and abstract not in private_classes:
+        return _NO_ABSTRACT_SYNTAX, first
+    known = next((s for s in syntaxes if s in ENCODINGS), None)
+    return (_ACCEPTED, known) if known else (_NO_TRANSFER_SYNTAX, first)
+
+
+def _roles(request: A_ASSOCIATE, accepted: dict[int, Context]) -> list[SCP_SCU_RoleSelectionNegotiation]:
+    """Answer role selection: the peer may be SCU of what was accepted, never SCP."""
+    classes = {context.abstract_syntax for context in accepted.values()}
+    replies = []
+    for item in request.user_information:
+        if isinstance(item, SCP_SCU_RoleSelectionNegotiation) and str(item.sop_class_uid) in classes:
+            role = SCP_SCU_RoleSelectionNegotiation()
+            role.sop_class_uid = item.sop_class_uid
+            role.scu_role = bool(item.scu_role)
+            role.scp_role = False
+            replies.append(role)
+    return replies

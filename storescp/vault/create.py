@@ -1,0 +1,113 @@
+"""Making a store: folders, keyring, first anchor, deposit key, configuration, on request an authority."""
+
+from __future__ import annotations
+
+import base64
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from keys import authority, encoding, keyring, slots
+from keys.anchors import FileAnchors
+from storage.keysdb import KeysDatabase
+from storage.objects import Archive
+from storescp.config import Config, Settings, Store, render
+from storescp.errors import StrongroomError
+from storescp.vault.service import publish
+
+_SERVER_DAYS = 825
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What to make. ``key_file`` is where a new key file goes; ``passphrase`` makes a slot of its own."""
+
+    file: Path
+    listen: list[str]
+    ae_title: str
+    passphrase: str | None
+    key_file: Path | None
+    server_names: list[str]
+    with_pki: bool
+
+
+def create(plan: Plan) -> Config:
+    """Make a store beside its configuration file.
+
+    Raises:
+        StrongroomError: Something of a store is there already; nothing was changed.
+    """
+    home = plan.file.parent
+    taken = [
+        p for p in (plan.file, home / "store", home / "anchors", home / "spool", plan.key_file) if p and p.exists()
+    ]
+    if taken:
+        raise StrongroomError(
+            f"{taken[0]} exists already: a store is never made over another one",
+            hint="name another place with --config DIR/strongroom.toml",
+        )
+    now = datetime.now(UTC)
+    created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    secrets: list[tuple[slots.Secret, str]] = []
+    if plan.key_file is not None:
+        content = slots.new_key_file()
+        plan.key_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        encoding.create(plan.key_file, content)
+        secrets.append((slots.parse_key_file(content), "first"))
+    if plan.passphrase is not None:
+        secrets.append((slots.Passphrase(plan.passphrase), "first"))
+
+    anchors = FileAnchors(home / "anchors")
+    anchors.prepare()
+    ring = keyring.new_keyring(secrets, anchors, created)
+    if plan.with_pki:
+        ring.body.authority = authority.new_authority(ring.header.store_id, now)
+    settings = _settings(plan, ring)
+    config = Config(plan.file, settings)
+    for folder, mode in (
+        (config.store_path, 0o700),
+        (config.incoming, 0o700),
+        (config.public, 0o755),
+        (config.peers, 0o755),
+        (config.socket.parent, 0o750),
+    ):
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    Archive(config.store_path, config.incoming).prepare()
+    KeysDatabase(config.keys_db, migrate=True).close()
+    os.chmod(config.keys_db, 0o600)
+    ring.write(config.keyring)
+    publish(config, ring, created)
+    if plan.with_pki:
+        _issue_server(plan, config, ring, now)
+    # Last: with the configuration the store is there; without it nothing uses what was made so far.
+    encoding.create(plan.file, render(settings).encode(), mode=0o644)
+    ring.forget()
+    return config
+
+
+def _settings(plan: Plan, ring: keyring.Keyring) -> Settings:
+    public = "ed25519:" + base64.b64encode(ring.header.signing_key).decode()
+    settings = Settings(store=Store(path="store", anchors="anchors", spool="spool", signing_key=public))
+    settings.gate.listen = plan.listen
+    settings.gate.ae_title = plan.ae_title
+    if plan.with_pki:
+        settings.gate.trust = ["tls/ca.pem"]
+    if plan.key_file is not None:
+        home = plan.file.parent
+        inside = plan.key_file.is_relative_to(home)
+        settings.unlock.key_file = str(plan.key_file.relative_to(home) if inside else plan.key_file)
+    return settings
+
+
+def _issue_server(plan: Plan, config: Config, ring: keyring.Keyring, now: datetime) -> None:
+    ca = ring.body.authority
+    if ca is None:
+        raise StrongroomError("the store has no certificate authority")
+    key = authority.new_private_key()
+    pem = authority.issue_server(ca, authority.request(key), plan.server_names, now, _SERVER_DAYS)
+    config.certificate.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    encoding.create(config.trust[0], ca.certificate.encode(), mode=0o644)
+    encoding.create(config.certificate, pem, mode=0o644)
+    encoding.create(config.private_key, authority.private_pem(key))
