@@ -15,7 +15,7 @@ $(VENV)/run.stamp: .ci/requirements/run.txt pyproject.toml
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing what the server needs (pinned, hashed)"
 	@$(PIP) --require-hashes -r .ci/requirements/run.txt
-	@$(PIP) --no-deps --no-build-isolation --editable .
+	@PYTHONWARNINGS='ignore:Editable installation' $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp .ci/requirements/test.txt

@@ -9,6 +9,7 @@ import click
 from storescp import log
 from storescp.cli.session import config_of
 from storescp.config import Config
+from storescp.harden import harden
 
 
 @click.command("serve")
@@ -70,6 +71,8 @@ def vault_command(given: str | None, /, connection: int | None) -> None:
 
 def _started(process: str, given: str | None, *, quiet: bool = False) -> Config:
     config = config_of(given)
+    # A gate's deposits must be readable by its group, which is the vault's when they are two users.
+    harden(0o027 if process == "gate" else 0o077)
     settings = config.settings.log
     log.set_up(process, settings.format, "error" if quiet else settings.level)
     return config

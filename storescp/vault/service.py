@@ -334,6 +334,7 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
             server.listen(config.socket)
         except OSError as error:
             raise StrongroomError(f"the vault cannot listen on {config.socket}: {error}") from error
+        log.warning("%s", TOTAL_LOSS)
         notify.ready()
         while not stop.wait(_TICK_SECONDS):
             try:
