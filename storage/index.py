@@ -280,16 +280,14 @@ class Index:
         for row in cursor:
             yield dict(zip(names, row, strict=True))
 
-    def place(self, row_id: int) -> tuple[Place, dict[str, str]] | None:
-        """Return where the instance of a search row lies, and what its Part 10 header needs."""
+    def place(self, row_id: int) -> Place | None:
+        """Return where the instance of a search row lies."""
         row = self._db.execute(
-            "SELECT pack, offset, object_id, dataset_length, attributes_length, transfer_syntax,"
-            " sop_class, uid, calling FROM instance WHERE id = ?",
+            "SELECT pack, offset, object_id, dataset_length, attributes_length, transfer_syntax"
+            " FROM instance WHERE id = ?",
             [row_id],
         ).fetchone()
-        if row is None:
-            return None
-        return _place(row), {"sop_class": row[6], "sop_instance": row[7], "calling": row[8]}
+        return _place(row) if row else None
 
     def counts(self) -> dict[str, int]:
         """Return how much is held, and how much waits for a decision."""

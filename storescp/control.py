@@ -26,6 +26,7 @@ _READ_BYTES = 1 << 17
 _BODY_LIMIT = 1 << 20
 _CONNECTION_LIMIT = 64
 _SOCKET_PATH_LIMIT = 100
+_FAILURE = "x-failure"
 
 log = logging.getLogger(__name__)
 
@@ -174,16 +175,17 @@ class Server:
         else:
             headers.append(("content-length", str(response.length)))
         connection.sendall(state.send(h11.Response(status_code=status, headers=headers)) or b"")
+        trailer = []
         try:
             for part in response.parts:
                 connection.sendall(state.send(h11.Data(data=part)) or b"")
-        except OSError:
+        except (OSError, h11.ProtocolError):
             raise
         except Exception as error:
-            # The status line is gone: only breaking off tells the client that this is not whole.
-            log.exception("a control response broke off")
-            raise ConnectionAbortedError from error
-        connection.sendall(state.send(h11.EndOfMessage()) or b"")
+            # The status line is gone: the trailer says that what was sent is not whole.
+            log.error("a control response ends early: %s", type(error).__name__)
+            trailer = [(_FAILURE, type(error).__name__)]
+        connection.sendall(state.send(h11.EndOfMessage(headers=trailer)) or b"")
 
 
 def _read_request(connection: socket.socket, state: h11.Connection, uid: int) -> Request | None:
@@ -266,6 +268,7 @@ class Client:
             + (state.send(h11.EndOfMessage()) or b"")
         )
         failed = False
+        broken = ""
         refusal = bytearray()
         while True:
             event = state.next_event()
@@ -279,10 +282,15 @@ class Client:
                 else:
                     yield bytes(event.data)
             elif isinstance(event, h11.EndOfMessage):
+                broken = dict(event.headers).get(_FAILURE.encode(), b"").decode("ascii")
                 break
             else:
                 raise ConnectionAbortedError
         state.start_next_cycle()
+        if broken:
+            raise StrongroomError(
+                f"its content does not open or cannot be read ({broken})", hint="the vault's log says more"
+            )
         if failed:
             error = json.loads(refusal)["error"]
             raise StrongroomError(error["message"], hint=error["hint"], status=error["status"])

@@ -1,0 +1,1 @@
+"""Benchmarks and the demonstration: what Strongroom does beside other servers, on this machine."""

@@ -1,0 +1,255 @@
+"""A real server for the tests: store, gate and vault as processes, on ports that the system chooses."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storescp.cli.setup import init_command  # noqa: F401  (a broken import shows here, once)
+
+START_SECONDS = 30
+DCMTK = {
+    "DCMDICTPATH": "/usr/share/libdcmtk17/dicom.dic",
+    "TCP_NODELAY": "1",
+    "PATH": "/usr/bin:/bin:/usr/sbin",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a command that is not installed, unless nothing may be skipped."""
+    for item in items:
+        for mark in item.iter_markers("needs"):
+            missing = [name for name in mark.args if find_command(name) is None]
+            if missing and not os.environ.get("STRONGROOM_NO_SKIP"):
+                item.add_marker(pytest.mark.skip(reason=f"NOT TESTED: {', '.join(missing)} is not installed"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register our marks."""
+    config.addinivalue_line("markers", "needs(*commands): programs that a test starts")
+
+
+def find_command(name: str) -> str | None:
+    """Return where a system command is; never one of this environment, which has a storescu of pynetdicom's."""
+    for folder in ("/usr/bin", "/usr/sbin", "/bin"):
+        if os.access(f"{folder}/{name}", os.X_OK):
+            return f"{folder}/{name}"
+    return None
+
+
+class Finished:
+    """A command that ended."""
+
+    def __init__(self, process: subprocess.CompletedProcess[str]) -> None:
+        self.status = process.returncode
+        self.out = process.stdout
+        self.err = process.stderr
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Server:
+    """A store of its own and the processes on it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.config = home / "strongroom.toml"
+        self.store = home / "store"
+        self.incoming = home / "spool" / "incoming"
+        self.peers = home / "peers.d"
+        self.port = 0
+        self.log: list[str] = []
+        self.children: dict[str, int] = {}
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.Queue[str | None] = queue.Queue()
+
+    def run(self, *arguments: str | Path, stdin: str = "", timeout: float = 60) -> Finished:
+        """Run a strongroom command on this store."""
+        command = [sys.executable, "-m", "storescp", "--config", str(self.config), *map(str, arguments)]
+        return Finished(
+            subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+        )
+
+    def ok(self, *arguments: str | Path, stdin: str = "") -> Finished:
+        """Run a strongroom command that must succeed."""
+        done = self.run(*arguments, stdin=stdin)
+        assert done.status == 0, (arguments, done.status, done.out, done.err)
+        return done
+
+    def init(self, *arguments: str) -> None:
+        """Make the store, listening on a port that the system chooses."""
+        self.ok("init", "--with-pki", "--key-file", self.home / "store.key", "--listen", "127.0.0.1:0", *arguments)
+
+    def add_peer(self, title: str = "CT1") -> Path:
+        """Add a peer; return the folder with its key (peer.key) and certificate (peer.pem)."""
+        folder = self.home / "issued" / title
+        self.ok("peer", "add", title, "--issue", folder, "--host", "127.0.0.1")
+        return folder
+
+    def set(self, section: str, **settings: Any) -> None:
+        """Change settings in the configuration file."""
+        text = self.config.read_text()
+        start = text.index(f"[{section}]\n")
+        head, body = text[:start], text[start:]
+        for key, value in settings.items():
+            body, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {json.dumps(value)}", body, count=1)
+            assert count == 1, key
+        self.config.write_text(head + body)
+
+    def start(self, verb: str = "serve") -> Server:
+        """Start ``serve``, ``gate`` or ``vault`` and wait until it serves."""
+        command = [sys.executable, "-m", "storescp", "--config", str(self.config), verb]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self._lines = queue.Queue()
+        threading.Thread(target=self._read, args=(self._process, self._lines), daemon=True).start()
+        if verb in {"serve", "gate"}:
+            self.port = int(self.wait_log(r"listening on 127\.0\.0\.1:(\d+)")[1])
+        if verb == "serve":
+            self.wait_log("serve: ready")
+        if verb == "vault":
+            self.wait_log("unlocked|locked")
+        return self
+
+    def wait_log(self, pattern: str, seconds: float = START_SECONDS) -> re.Match[str]:
+        """Wait for a line of the log that was not waited for yet."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.01, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"no log line matches {pattern!r}:\n" + "\n".join(self.log)) from None
+            if line is None:
+                raise AssertionError("the process ended:\n" + "\n".join(self.log))
+            if found := re.search(pattern, line):
+                return found
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stop the process and return its exit status."""
+        if self._process is None:
+            return 0
+        self._process.send_signal(number)
+        try:
+            status = self._process.wait(60)
+        finally:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+            self._process = None
+        return status
+
+    def pids(self, verb: str) -> list[int]:
+        """Return the processes of a verb that serve this store."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if str(self.config).encode() in words and verb.encode() in words:
+                    found.append(int(entry.name))
+        return found
+
+    def status(self) -> Any:
+        """Return ``status --json``."""
+        return self.ok("status", "--json").json()
+
+    def list(self, level: str = "instance", *filters: str) -> list[dict[str, Any]]:
+        """Return the rows of ``list --json``; none when nothing matched."""
+        done = self.run("list", level, "--json", *filters)
+        assert done.status in {0, 5}, done.err
+        return list(done.json()["items"])
+
+    def wait_admitted(self, seconds: float = 30) -> None:
+        """Wait until nothing waits."""
+        deadline = time.monotonic() + seconds
+        while self.status()["deposits"]["packs"]:
+            assert time.monotonic() < deadline, self.status()
+            # Packs close by themselves after pack_idle_seconds; there is no event to wait for outside the gate.
+            time.sleep(0.1)
+
+    def _read(self, process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+        assert process.stderr is not None
+        with process.stderr:
+            for line in process.stderr:
+                self.log.append(line.rstrip("\n"))
+                lines.put(line)
+        lines.put(None)
+
+
+@pytest.fixture
+def make_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Make stores; what still runs at the end is killed."""
+    made: list[Server] = []
+
+    def make() -> Server:
+        # Unix socket paths are short; pytest's folders are not always.
+        home = tmp_path_factory.mktemp("s")
+        server = Server(home)
+        made.append(server)
+        return server
+
+    yield make
+    for server in made:
+        server.stop(signal.SIGKILL)
+        for verb in ("serve", "gate", "vault"):
+            for pid in server.pids(verb):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def server(make_server: Callable[..., Server]) -> Server:
+    """A store with one peer, CT1, served."""
+    made = make_server()
+    made.init()
+    made.add_peer("CT1")
+    made.set("gate", pack_idle_seconds=1)
+    return made.start()
+
+
+def dcmtk(name: str, *arguments: str | Path, timeout: float = 120) -> Finished:
+    """Run a command of DCMTK's."""
+    command = [find_command(name) or name, *map(str, arguments)]
+    return Finished(
+        subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=False, env=DCMTK, errors="replace"
+        )
+    )
+
+
+def tls_arguments(folder: Path, title: str = "CT1", called: str = "STRONGROOM") -> Sequence[str | Path]:
+    """Return DCMTK's arguments for a peer."""
+    return [
+        "-aet",
+        title,
+        "-aec",
+        called,
+        "+tls",
+        folder / f"{title}.key",
+        folder / f"{title}.pem",
+        "+cf",
+        folder / "ca.pem",
+    ]
+
+
+def send(server: Server, files: Sequence[Path], title: str = "CT1", folder: Path | None = None) -> list[int]:
+    """Store files as they are, each on an association of its own; return the statuses."""
+    import urllib.parse
+
+    import scu
+
+    context = scu.tls(folder or server.home / "issued" / title, urllib.parse.quote(title, safe=""))
+    return scu.send(server.port, context, [scu.read(file) for file in files], calling=title)
