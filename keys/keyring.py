@@ -197,8 +197,8 @@ def read_header(path: Path) -> Header:
     return parse(_read(path))[0]
 
 
-def unlock(path: Path, secret: slots.Secret, anchors: Anchors) -> Keyring:
-    """Open a keyring file.
+def unlock(path: Path, secret: slots.Secret, anchors: Anchors, *, older: bool = False) -> Keyring:
+    """Open a keyring file; one of an older format only where ``older`` says so, to upgrade it.
 
     Raises:
         UnlockError: No slot opens with this secret.
@@ -206,6 +206,10 @@ def unlock(path: Path, secret: slots.Secret, anchors: Anchors) -> Keyring:
         AnchorError: The anchors folder is missing or another store's.
     """
     header, raw, sealed = parse(_read(path))
+    if header.format < FORMAT and not older:
+        raise KeyringError(
+            f"the store has format {header.format}, this release needs {FORMAT}: back it up, then 'strongroom upgrade'"
+        )
     store_id = bytes.fromhex(header.store_id)
     root_key = slots.unlock(header.slots, secret, store_id)
     try:

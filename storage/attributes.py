@@ -15,6 +15,7 @@ from storage.pack import ATTRIBUTES_LIMIT
 
 _Text = Annotated[str, msgspec.Meta(max_length=16_384)]
 _Short = Annotated[str, msgspec.Meta(max_length=256)]
+_HEX = re.compile(r"[0-9a-f]*", re.ASCII)
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*", re.ASCII)
 _TAG = re.compile(r"[0-9A-F]{8}", re.ASCII)
 _VR = re.compile(r"[A-Z]{2}", re.ASCII)
@@ -113,17 +114,29 @@ def decode(content: bytes) -> Attributes:
         raise AttributesError("an object's attributes have an unknown format")
     if not is_uid(attributes.transfer_syntax):
         raise AttributesError("an object's transfer syntax is no UID")
-    for tag, element in attributes.dataset.items():
-        if not _TAG.fullmatch(tag) or not _VR.fullmatch(element.vr):
-            raise AttributesError("an object's attributes hold a malformed tag or VR")
-        for value in element.Value:
-            _check(value)
+    _check_elements(attributes)
+    _check_received(attributes.received)
     for tag in (SOP_CLASS, SOP_INSTANCE, STUDY, SERIES):
         if not is_uid(attributes.text(tag)):
             raise AttributesError("an object lacks a UID, or one is malformed")
-    for text in (attributes.received.calling, attributes.received.called, attributes.received.address):
-        _check(text)
     return attributes
+
+
+def _check_elements(attributes: Attributes) -> None:
+    if not all(_TAG.fullmatch(tag) for tag in (*attributes.dataset, *attributes.undecoded)):
+        raise AttributesError("an object's attributes hold a malformed tag")
+    for element in attributes.dataset.values():
+        if not _VR.fullmatch(element.vr):
+            raise AttributesError("an object's attributes hold a malformed VR")
+        for value in element.Value:
+            _check(value)
+
+
+def _check_received(received: Received) -> None:
+    if not (_HEX.fullmatch(received.association + received.certificate) and len(received.certificate) in {0, 64}):
+        raise AttributesError("an object's provenance is malformed")
+    for text in (received.at, received.calling, received.called, received.address):
+        _check(text)
 
 
 def _check(value: Any) -> None:

@@ -7,7 +7,7 @@ same instance in another transfer syntax; ``conflict``, other content under the 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,9 @@ _MIGRATIONS = Migrations("index")
 def _tables(db: Database) -> None:
     text = dict.fromkeys
     db.table("pack").create(
-        {"id": str, "study": str, "admission": int, "scanned": int, "length": int}, pk="id", strict=True
+        {"id": str, "place": str, "study": str, "admission": int, "scanned": int, "length": int},
+        pk="id",
+        strict=True,
     )
     db.table("pack").create_index(["admission"])
     db.table("study").create(
@@ -78,6 +80,7 @@ def _tables(db: Database) -> None:
             "dataset_length": int,
             "attributes_length": int,
             "state": str,
+            "reason": str,
             "study": str,
             "series": str,
             "uid": str,
@@ -100,8 +103,10 @@ def _tables(db: Database) -> None:
     db.table("instance").create_index(["study", "series"])
     db.table("instance").create_index(["calling", "received_at"])
     db.table("instance").create_index(["uid"])
+    db.table("instance").create_index(["object_id"])
     # One held instance a UID, whatever races: the database is the arbiter.
     db.execute("CREATE UNIQUE INDEX one_held ON instance (uid) WHERE state = 'held'")
+    db.table("meta").create({"name": str, "value": str}, pk="name", strict=True)
     db.table("unreadable").create(
         {"pack": str, "offset": int, "reason": str, "found_at": str}, pk=("pack", "offset"), strict=True
     )
@@ -113,6 +118,21 @@ class Place(msgspec.Struct, frozen=True):
     pack_id: str
     frame: Frame
     transfer_syntax: str
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A record on its way into the index: the state it gets, and why if that is not ``held``."""
+
+    record: Record
+    state: str
+    reason: str = ""
+
+
+class Patient(msgspec.Struct, frozen=True):
+    """Whom a study is about, as far as instances can contradict it."""
+
+    patient_id: str
+    name: str
 
 
 class Filters(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -145,6 +165,24 @@ class Index:
         """Close the database."""
         self._db.conn.close()
 
+    # --- rebuilding
+
+    def begin_anew(self) -> None:
+        """Empty the index and note that it is being filled."""
+        with transaction(self._db):
+            for table in ("instance", "series", "study", "pack", "unreadable"):
+                self._db.execute(f"DELETE FROM {table}")  # noqa: S608
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('filling', '1')")
+
+    def filled(self) -> None:
+        """Note that the index has all rows again."""
+        with transaction(self._db):
+            self._db.execute("DELETE FROM meta WHERE name = 'filling'")
+
+    def is_filling(self) -> bool:
+        """Tell whether filling it was interrupted."""
+        return self._db.execute("SELECT 1 FROM meta WHERE name = 'filling'").fetchone() is not None
+
     # --- what admission writes
 
     def scanned(self, pack_id: str) -> int:
@@ -152,36 +190,110 @@ class Index:
         row = self._db.execute("SELECT scanned FROM pack WHERE id = ?", [pack_id]).fetchone()
         return int(row[0]) if row else 0
 
-    def held(self, sop_uid: str) -> Place | None:
-        """Return where the held instance of a UID lies."""
+    def study_of(self, pack_id: str) -> str:
+        """Return the study of a pack, empty for one not seen yet."""
+        row = self._db.execute("SELECT study FROM pack WHERE id = ?", [pack_id]).fetchone()
+        return str(row[0]) if row else ""
+
+    def place_of(self, pack_id: str) -> str:
+        """Return in which folder a pack is known to lie, empty for one not seen yet."""
+        row = self._db.execute("SELECT place FROM pack WHERE id = ?", [pack_id]).fetchone()
+        return str(row[0]) if row else ""
+
+    def held(self, sop_uid: str, *, besides: str = "") -> Place | None:
+        """Return where the held instance of a UID lies, if that is another pack than ``besides``."""
         row = self._db.execute(
-            "SELECT pack, offset, object_id, dataset_length, attributes_length, transfer_syntax"
-            " FROM instance WHERE uid = ? AND state = 'held'",
-            [sop_uid],
+            f"SELECT {_PLACE} FROM instance WHERE uid = ? AND state = 'held' AND pack <> ?",  # noqa: S608
+            [sop_uid, besides],
         ).fetchone()
         return _place(row) if row else None
 
-    def add(self, pack_id: str, study: str, found: list[tuple[Record, str]], scanned: int) -> None:
-        """Add the records found in a pack, each with its state, and how far the pack was read."""
+    def of_object(self, object_id: bytes) -> list[Place]:
+        """Return where records with an object id lie, whatever their state."""
+        rows = self._db.execute(f"SELECT {_PLACE} FROM instance WHERE object_id = ?", [object_id.hex()])  # noqa: S608
+        return [_place(row) for row in rows.fetchall()]
+
+    def patient(self, study: str) -> Patient | None:
+        """Return whom a study is about, None for a study that is not held."""
+        row = self._db.execute(
+            "SELECT patient_id, name_alphabetic FROM study s WHERE uid = ? AND EXISTS"
+            " (SELECT 1 FROM instance i WHERE i.study = s.uid AND i.state = 'held')",
+            [study],
+        ).fetchone()
+        return Patient(row[0], row[1]) if row else None
+
+    def add(self, pack_id: str, study: str, rows: list[Row], scanned: int) -> None:
+        """Add records of a pack that is still open, and how far the pack was read."""
         with transaction(self._db):
             self._db.execute(
-                "INSERT INTO pack VALUES (?, ?, 0, ?, 0) ON CONFLICT (id) DO UPDATE SET scanned = excluded.scanned",
+                "INSERT INTO pack VALUES (?, 'incoming', ?, 0, ?, 0)"
+                " ON CONFLICT (id) DO UPDATE SET scanned = excluded.scanned",
                 [pack_id, study, scanned],
             )
-            for record, state in found:
-                self._add_record(pack_id, record, state)
+            for row in rows:
+                self._add_row(pack_id, row)
 
-    def mark_admitted(self, pack_id: str, admission: int, length: int) -> None:
-        """Note that a pack lies in the archive now."""
+    def replace(self, pack_id: str, place: str, admission: int, length: int, rows: Iterable[Row]) -> None:
+        """Make these records the only ones of a pack, which lies where it stays; readers see old rows or new."""
         with transaction(self._db):
-            self._db.execute("UPDATE pack SET admission = ?, length = ? WHERE id = ?", [admission, length, pack_id])
+            self._db.execute("DELETE FROM instance WHERE pack = ?", [pack_id])
+            self._db.execute(
+                "INSERT OR REPLACE INTO pack VALUES (?, ?, '', ?, ?, ?)", [pack_id, place, admission, length, length]
+            )
+            study = ""
+            for row in rows:
+                study = study or row.record.attributes.text(attributes.STUDY)
+                self._add_row(pack_id, row)
+            self._db.execute("UPDATE pack SET study = ? WHERE id = ?", [study, pack_id])
+
+    def set_state(self, pack_id: str, offset: int, state: str, reason: str = "") -> None:
+        """Change the state of an instance."""
+        with transaction(self._db):
+            self._db.execute(
+                "UPDATE instance SET state = ?, reason = ? WHERE pack = ? AND offset = ?",
+                [state, reason, pack_id, offset],
+            )
+
+    def swap(self, held: Place, state: str, reason: str, other: Place) -> None:
+        """Take an instance out of ``held`` and put another of its UID there, at once."""
+        with transaction(self._db):
+            for place, now, why in ((held, state, reason), (other, "held", "")):
+                self._db.execute(
+                    "UPDATE instance SET state = ?, reason = ? WHERE pack = ? AND offset = ?",
+                    [now, why, place.pack_id, place.frame.offset],
+                )
+
+    def state(self, place: Place) -> str:
+        """Return the state of an instance."""
+        row = self._db.execute(
+            "SELECT state FROM instance WHERE pack = ? AND offset = ?", [place.pack_id, place.frame.offset]
+        ).fetchone()
+        return str(row[0]) if row else ""
+
+    def at(self, pack_id: str, object_id: bytes) -> Place | None:
+        """Return where an object of a pack lies."""
+        return next((place for place in self.of_object(object_id) if place.pack_id == pack_id), None)
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """Return the instances that an admin must decide about, with the one that is held under the same UID."""
+        cursor = self._db.conn.execute(_QUARANTINED)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
 
     def drop(self, pack_id: str) -> None:
         """Remove a pack's rows, and the series and studies that nothing stands for any more."""
         with transaction(self._db):
             study = self._db.execute("SELECT study FROM pack WHERE id = ?", [pack_id]).fetchone()
+            held = self._db.execute("SELECT uid FROM instance WHERE pack = ? AND state = 'held'", [pack_id]).fetchall()
             self._db.execute("DELETE FROM instance WHERE pack = ?", [pack_id])
             self._db.execute("DELETE FROM pack WHERE id = ?", [pack_id])
+            for uid in held:
+                # A second copy that was kept because this one was not yet admitted is the one that counts now.
+                self._db.execute(
+                    "UPDATE instance SET state = 'held', reason = '' WHERE id ="
+                    " (SELECT min(id) FROM instance WHERE uid = ? AND state = 'again')",
+                    uid,
+                )
             if study:
                 self._db.execute(
                     "DELETE FROM series WHERE study = ? AND NOT EXISTS (SELECT 1 FROM instance i"
@@ -209,23 +321,15 @@ class Index:
 
     def waiting_packs(self) -> list[str]:
         """Return the packs with rows that are not admitted yet."""
-        return [row[0] for row in self._db.execute("SELECT id FROM pack WHERE admission = 0")]
+        return [row[0] for row in self._db.execute("SELECT id FROM pack WHERE place = 'incoming'")]
 
-    def _add_record(self, pack_id: str, record: Record, state: str) -> None:
-        found = record.attributes
+    def _add_row(self, pack_id: str, row: Row) -> None:
+        record, found = row.record, row.record.attributes
         study = found.text(attributes.STUDY)
         series = found.text(attributes.SERIES)
-        name = found.name("00100010")
-        self._insert(
-            "study",
-            {
-                "uid": study,
-                "patient_name": "=".join(name.get(g, "") for g in _GROUPS).rstrip("="),
-                **{column: fold(name.get(g, "")) for column, g in zip(_NAMES, _GROUPS, strict=True)},
-                **_columns(found, _STUDY),
-            },
-        )
-        self._insert("series", {"study": study, "uid": series, **_columns(found, _SERIES)})
+        if row.state != "quarantined":
+            # What nobody has decided about describes nothing.
+            self.describe(found)
         received = found.received
         self._insert(
             "instance",
@@ -235,7 +339,8 @@ class Index:
                 "object_id": record.frame.object_id.hex(),
                 "dataset_length": record.frame.dataset_length,
                 "attributes_length": record.frame.attributes_length,
-                "state": state,
+                "state": row.state,
+                "reason": row.reason,
                 "study": study,
                 "series": series,
                 "uid": found.text(attributes.SOP_INSTANCE),
@@ -251,6 +356,21 @@ class Index:
                 "certificate": received.certificate,
             },
         )
+
+    def describe(self, found: Attributes) -> None:
+        """Let an instance describe its study and series, unless another one did before."""
+        study = found.text(attributes.STUDY)
+        name = found.name("00100010")
+        self._insert(
+            "study",
+            {
+                "uid": study,
+                "patient_name": "=".join(name.get(g, "") for g in _GROUPS).rstrip("="),
+                **{column: fold(name.get(g, "")) for column, g in zip(_NAMES, _GROUPS, strict=True)},
+                **_columns(found, _STUDY),
+            },
+        )
+        self._insert("series", {"study": study, "uid": found.text(attributes.SERIES), **_columns(found, _SERIES)})
 
     def _insert(self, table: str, row: dict[str, Any]) -> None:
         # The first instance of a study or series describes it; a repeated record changes nothing.
@@ -282,11 +402,7 @@ class Index:
 
     def place(self, row_id: int) -> Place | None:
         """Return where the instance of a search row lies."""
-        row = self._db.execute(
-            "SELECT pack, offset, object_id, dataset_length, attributes_length, transfer_syntax"
-            " FROM instance WHERE id = ?",
-            [row_id],
-        ).fetchone()
+        row = self._db.execute(f"SELECT {_PLACE} FROM instance WHERE id = ?", [row_id]).fetchone()  # noqa: S608
         return _place(row) if row else None
 
     def counts(self) -> dict[str, int]:
@@ -295,13 +411,26 @@ class Index:
             "studies": "SELECT count(DISTINCT study) FROM instance WHERE state = 'held'",
             "series": "SELECT count(*) FROM (SELECT DISTINCT study, series FROM instance WHERE state = 'held')",
             "instances": "SELECT count(*) FROM instance WHERE state = 'held'",
-            "packs": "SELECT count(*) FROM pack WHERE admission > 0",
-            "duplicates": "SELECT count(*) FROM instance WHERE state IN ('same', 'encoding')",
-            "conflicts": "SELECT count(*) FROM instance WHERE state = 'conflict'",
+            "packs": "SELECT count(*) FROM pack WHERE place = 'objects'",
+            "encodings": "SELECT count(*) FROM instance WHERE state = 'encoding'",
+            "quarantined": "SELECT count(*) FROM instance WHERE state = 'quarantined'",
             "unreadable": "SELECT count(*) FROM unreadable",
             "undecoded": "SELECT count(*) FROM instance WHERE undecoded > 0",
         }
         return {name: int(self._db.execute(sql).fetchone()[0]) for name, sql in counts.items()}
+
+    def rows_of(self, pack_id: str) -> list[dict[str, Any]]:
+        """Return what a pack's instances are called, for somebody who must have them sent again."""
+        cursor = self._db.conn.execute(
+            "SELECT offset, study, series, uid AS sop, calling, received_at, state FROM instance WHERE pack = ?",
+            [pack_id],
+        )
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    def packs_in(self, place: str) -> list[str]:
+        """Return the packs that lie in a folder."""
+        return [row[0] for row in self._db.execute("SELECT id FROM pack WHERE place = ?", [place])]
 
     def last_stores(self) -> dict[str, str]:
         """Return when each calling AE title last stored something."""
@@ -322,6 +451,16 @@ def _place(row: Any) -> Place:
     return Place(row[0], Frame(row[1], bytes.fromhex(row[2]), row[3], row[4]), row[5])
 
 
+_QUARANTINED = """
+SELECT i.pack AS id, i.offset, i.id AS row, i.reason, i.study, i.series, i.uid AS sop, i.sop_class,
+i.transfer_syntax, i.received_at, i.calling,
+  i.address, i.association, i.object_id, h.calling AS held_calling, h.received_at AS held_received_at, h.pack AS
+  held_pack, h.object_id AS held_object_id
+FROM instance i LEFT JOIN instance h ON h.uid = i.uid AND h.state = 'held'
+WHERE i.state = 'quarantined' ORDER BY i.received_at, i.pack"""
+
+_PLACE = "pack, offset, object_id, dataset_length, attributes_length, transfer_syntax"
+
 _SEARCH_STUDY = """
 SELECT s.uid AS study, s.patient_name, s.patient_id, s.patient_birth_date, s.patient_sex, s.study_date, s.study_time,
   s.accession, s.study_id, s.study_description,
@@ -329,7 +468,7 @@ SELECT s.uid AS study, s.patient_name, s.patient_id, s.patient_birth_date, s.pat
   (SELECT count(*) FROM series r WHERE r.study = s.uid) AS series_count,
   (SELECT count(*) FROM instance n WHERE n.study = s.uid AND n.state = 'held') AS instance_count,
   (SELECT count(*) FROM instance n JOIN pack p ON p.id = n.pack WHERE n.study = s.uid AND n.state = 'held'
-     AND p.admission = 0) AS waiting_count
+     AND p.place = 'incoming') AS waiting_count
 FROM study s WHERE {} ORDER BY s.study_date, s.study_time, s.uid"""
 
 _SEARCH_SERIES = """
@@ -342,7 +481,7 @@ ORDER BY s.study_date, s.study_time, e.study, CAST(e.series_number AS INTEGER), 
 _SEARCH_INSTANCE = """
 SELECT i.id, i.study, i.series, i.uid AS sop, s.patient_name, s.patient_id, s.study_date, e.modality, i.instance_number,
   i.sop_class, i.transfer_syntax, i.state, i.received_at, i.calling, i.dataset_length, i.undecoded,
-  p.admission > 0 AS admitted
+  p.place <> 'incoming' AS admitted
 FROM instance i JOIN series e ON e.study = i.study AND e.uid = i.series JOIN study s ON s.uid = i.study
   JOIN pack p ON p.id = i.pack
 WHERE i.state = 'held' AND {}

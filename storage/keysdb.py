@@ -89,6 +89,12 @@ class KeysDatabase:
                 ],
             )
 
+    def remove(self, pack_id: str) -> None:
+        """Remove a pack's record, from the file and from the log in front of it."""
+        with transaction(self._db):
+            self._db.execute("DELETE FROM study_key WHERE pack_id = ?", [pack_id])
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def find(self, pack_id: str) -> StudyKeyRecord | None:
         """Return a pack's record, or None."""
         row = self._db.execute("SELECT * FROM study_key WHERE pack_id = ?", [pack_id]).fetchone()

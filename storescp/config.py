@@ -27,6 +27,7 @@ class Store(msgspec.Struct, kw_only=True):
     anchors: str
     spool: str
     signing_key: str
+    reserve_bytes: int = 1 << 30
 
 
 class Unlock(msgspec.Struct, kw_only=True):
@@ -38,6 +39,7 @@ class Unlock(msgspec.Struct, kw_only=True):
 class Gate(msgspec.Struct, kw_only=True):
     """The DICOM listener."""
 
+    user: str = ""
     listen: list[str] = msgspec.field(default_factory=lambda: ["127.0.0.1:2762"])
     ae_title: str = "STRONGROOM"
     certificate: str = "tls/server.pem"
@@ -84,11 +86,15 @@ EXPLAINED = {
     "destroying one is what proves a version gone.",
     "store.spool": "incoming/ (the gate writes deposits here) and public/ (the deposit keys that it uses).",
     "store.signing_key": "The store's public signing key. A gate takes no deposit key that it did not sign.",
+    "store.reserve_bytes": "Free space that receiving never uses, in bytes, of incoming/ and of the archive apart:\n"
+    "C-STORE is answered A700 before. Admission may use three quarters of it; the rest is left for erasures.",
     "unlock": "How the vault unlocks by itself when it starts. Without it, receiving works all the same\n"
     "and the vault waits for 'strongroom unlock'.",
     "unlock.key_file": "A key file that a slot of the keyring opens with.\n"
     "Whoever has it and the disks can read the store: keep it apart.",
     "gate": "The DICOM listener: TLS with client certificates only, and only peers with a file in peers.d.",
+    "gate.user": "The gate's own user, where it runs as another one than the vault: the vault then takes\n"
+    "deposits of this user only, and copies them. Empty where both are one user.",
     "gate.listen": 'Addresses and ports. Nothing else is opened. IPv6 in brackets: "[::1]:2762".',
     "gate.ae_title": "The called AE title; an association that asks for another one is rejected.",
     "gate.certificate": "The server's certificate chain, PEM.",
@@ -139,6 +145,10 @@ class Config:
         self.socket = self._path(settings.control.socket)
         self.key_file = self._path(settings.unlock.key_file) if settings.unlock.key_file else None
         self.signing_key = base64.b64decode(settings.store.signing_key.removeprefix("ed25519:"))
+
+    def ledger(self, version: int) -> Path:
+        """Return where the ledger of a key version is."""
+        return self.store_path / f"ledger-{version}.db"
 
     def index(self, version: int) -> Path:
         """Return where the index of a key version is."""
@@ -279,6 +289,8 @@ def _check(settings: Settings) -> list[str]:
     ):
         if not low <= getattr(gate, name) <= high:
             errors.append(f"gate.{name}: must be from {low} to {high}")
+    if not 1 << 20 <= settings.store.reserve_bytes <= 1 << 50:
+        errors.append("store.reserve_bytes: must be from 1048576 to 1125899906842624")
     if settings.log.format not in {"text", "json"}:
         errors.append("log.format: must be text or json")
     if settings.log.level not in {"debug", "info", "warning", "error"}:

@@ -68,9 +68,9 @@ def json_response(document: Any) -> Response:
     return Response(iter([body]), len(body))
 
 
-def lines_response(rows: Iterator[Any]) -> Response:
-    """Return JSON documents, a line each, as they come."""
-    return Response(_batched(rows))
+def lines_response(rows: Iterator[Any], *, at_once: bool = False) -> Response:
+    """Return JSON documents, a line each; ``at_once`` sends each as it comes, else many go together."""
+    return Response((msgspec.json.encode(row) + b"\n" for row in rows) if at_once else _batched(rows))
 
 
 def _batched(rows: Iterator[Any]) -> Iterator[bytes]:

@@ -1,9 +1,15 @@
-"""What every long-running process gives up when it starts."""
+"""What every long-running process gives up, and what it refuses to run on."""
 
 from __future__ import annotations
 
 import os
+import pwd
 import resource
+import stat
+from pathlib import Path
+
+from storescp.config import Config
+from storescp.errors import StrongroomError
 
 
 def harden(umask: int) -> None:
@@ -14,3 +20,81 @@ def harden(umask: int) -> None:
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(umask)
+
+
+def check_vault(config: Config) -> None:
+    """Refuse a store that others could read or change, or that is another user's.
+
+    Raises:
+        StrongroomError: With every place that is wrong, and how to mend it.
+    """
+    own = os.geteuid()
+    faults = [
+        *_private(config.store_path, own),
+        *_private(config.anchors, own),
+        *_private(config.keyring, own),
+        *_not_for_all(config.incoming),
+        *_not_for_all(config.public),
+    ]
+    if config.settings.gate.user:
+        gate = _uid(config.settings.gate.user)
+        if gate == own:
+            faults.append(f"the vault runs as gate.user, {config.settings.gate.user}: run it as another user")
+        if config.public.stat().st_uid == gate:
+            faults.append(f"{config.public} belongs to the gate's user, who could replace deposit keys: chown it")
+    _raise(faults, "vault")
+
+
+def check_gate(config: Config) -> None:
+    """Refuse to run as another user than configured, or on keys and folders that others could read or change.
+
+    Raises:
+        StrongroomError: With every place that is wrong, and how to mend it.
+    """
+    own = os.geteuid()
+    faults = [*_not_for_all(config.incoming), *_not_for_all(config.peers), *_not_for_all(config.file)]
+    found = config.private_key.stat() if config.private_key.exists() else None
+    if found is not None and found.st_mode & 0o037:
+        faults.append(f"{config.private_key} can be read by others: chmod 0640 or 0600")
+    user = config.settings.gate.user
+    if user:
+        if own != _uid(user):
+            faults.append(f"the gate runs as uid {own}, but gate.user is {user}: start it as that user")
+        places = (config.store_path, config.anchors, config.peers, config.file)
+        faults += [f"{path} can be written by the gate's user: chown it" for path in places if os.access(path, os.W_OK)]
+    _raise(faults, "gate")
+
+
+def _private(path: Path, owner: int) -> list[str]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        return [f"{path} cannot be found: {error.strerror}"]
+    faults = []
+    if found.st_uid != owner:
+        faults.append(
+            f"{path} belongs to uid {found.st_uid}, this process runs as {owner}: chown it, or run as its owner"
+        )
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        faults.append(f"{path} is open to others: chmod go-rwx {path}")
+    return faults
+
+
+def _not_for_all(path: Path) -> list[str]:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return [f"{path} cannot be found: {error.strerror}"]
+    return [f"{path} can be written by everybody: chmod o-w {path}"] if mode & stat.S_IWOTH else []
+
+
+def _uid(name: str) -> int:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError as error:
+        raise StrongroomError(f"gate.user: there is no user {name} on this machine") from error
+
+
+def _raise(faults: list[str], process: str) -> None:
+    if faults:
+        raise StrongroomError("\n".join([f"the {process} does not start on wrong owners or modes", *faults]))

@@ -22,6 +22,10 @@ _VERBS = {
     "peer": ("storescp.cli.peer", "Add, list and remove peers."),
     "list": ("storescp.cli.find", "List studies, series or instances."),
     "export": ("storescp.cli.export", "Write instances as DICOM files."),
+    "quarantine": ("storescp.cli.quarantine", "Look at and decide about what was not admitted."),
+    "verify": ("storescp.cli.care", "Open every record; say what is missing or damaged."),
+    "reindex": ("storescp.cli.care", "Rebuild the index from packs and keys."),
+    "upgrade": ("storescp.cli.care", "Bring a store of an older format to this release's."),
 }
 
 

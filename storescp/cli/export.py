@@ -70,7 +70,7 @@ def export_command(
                 raise click.UsageError(f"--output writes one instance, and {len(rows)} match; use --to")
             if file.exists():
                 raise StrongroomError(f"{file} exists already", hint="remove it, or name another file")
-            _write(client, rows[0], file)
+            write(client, rows[0], file)
             written, present, failed = 1, 0, 0
         else:
             written, present, failed = _write_all(client, rows, folder or Path())
@@ -91,7 +91,7 @@ def _write_all(client: Client, rows: list[dict[str, Any]], folder: Path) -> tupl
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write(client, row, target)
+            write(client, row, target)
             written += 1
         except StrongroomError as error:
             if error.status == LOCKED:
@@ -101,7 +101,12 @@ def _write_all(client: Client, rows: list[dict[str, Any]], folder: Path) -> tupl
     return written, present, failed
 
 
-def _write(client: Client, row: dict[str, Any], target: Path) -> None:
+def write(client: Client, row: dict[str, Any], target: Path) -> None:
+    """Write one instance as a DICOM file, whole or not at all.
+
+    Raises:
+        StrongroomError: It does not open, or the file cannot be written.
+    """
     from storescp.part10 import header
 
     content = client.stream("GET", f"/v1/instances/{row['id']}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -58,11 +59,16 @@ def unlock(client: Client, secret: slots.Secret) -> None:
     Raises:
         StrongroomError: The secret does not open it.
     """
+    client.json("POST", "/v1/unlock", secret_document(secret))
+
+
+def secret_document(secret: slots.Secret) -> dict[str, Any]:
+    """Return a secret as the control API takes it."""
     match secret:
         case slots.Passphrase(text=text):
-            client.json("POST", "/v1/unlock", {"passphrase": text})
+            return {"passphrase": text}
         case slots.KeyFile(secret=key):
-            client.json("POST", "/v1/unlock", {"key": key})
+            return {"key": key}
 
 
 def ask_secret(key_file: Path | None, passphrase_file: Path | None) -> slots.Secret:

@@ -167,7 +167,8 @@ def _lines(status: dict[str, Any]) -> list[str]:
             )
         ]
         lines.append(f"{', '.join(held)} held in {output.plural(counts['packs'], 'pack')}")
-        extra = {n: counts[n] for n in ("duplicates", "conflicts", "unreadable", "undecoded") if counts[n]}
+        extra = {n: counts[n] for n in ("encodings", "unreadable", "undecoded") if counts[n]}
+        extra |= {"in quarantine": status["quarantine"]} if status["quarantine"] else {}
         if extra:
             lines.append(", ".join(f"{number} {name}" for name, number in extra.items()))
         for title, when in status["last_store"].items():

@@ -17,6 +17,7 @@ from storescp.gate.transfer import Encoding
 CHARACTER_SET = 0x00080005
 _TEXT = frozenset({"LO", "SH", "PN", "UC", "LT", "ST", "UT"})
 _CONTROL = dict.fromkeys([*range(32), 127])
+_NO_CHARACTER_SET = frozenset({"", "ISO_IR 6", "ISO 2022 IR 6"})
 _GROUPS = ("Alphabetic", "Ideographic", "Phonetic")
 
 # pydicom would replace what does not decode; here that must be an error, so that the bytes are kept. Set once, here.
@@ -56,6 +57,9 @@ def _value(vr: str, raw: bytes, names: list[str], encoding: Encoding) -> list[An
     if not raw:
         return []
     encodings = pydicom.charset.convert_encodings(names)
+    if names[0] in _NO_CHARACTER_SET and pydicom.charset.ESC not in raw:
+        # The default repertoire is 7 bit; pydicom would take 8-bit bytes for Latin-1, which is a guess.
+        raw.decode("ascii")
     if vr in {"LT", "ST", "UT"}:
         return [_tidy(pydicom.charset.decode_bytes(raw, encodings, TEXT_VR_DELIMS))]
     if vr != "PN":

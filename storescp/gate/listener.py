@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 
 from storage.deposit import Deposits
 from storescp.config import Gate, parse_address
@@ -49,8 +50,8 @@ class Policy:
 class Listener:
     """Listens on the configured addresses and runs each connection in a thread of its own."""
 
-    def __init__(self, settings: Gate, policy: Policy, deposits: Deposits) -> None:
-        """Bind the addresses.
+    def __init__(self, settings: Gate, policy: Policy, deposits: Deposits, shortage: Callable[[], str]) -> None:
+        """Bind the addresses. ``shortage`` tells why nothing may be received now, empty if it may.
 
         Raises:
             OSError: One cannot be bound.
@@ -58,6 +59,7 @@ class Listener:
         self.policy = policy
         self._settings = settings
         self._deposits = deposits
+        self._shortage = shortage
         self._lock = threading.Lock()
         self._running: set[_Connection] = set()
         self._stopping = False
@@ -189,7 +191,7 @@ class Listener:
         )
         connection.deadline = None
         connection.association = Association(
-            sock, reader, agreement, origin, self._deposits, self._settings.idle_seconds
+            sock, reader, agreement, origin, self._deposits, self._settings.idle_seconds, self._shortage
         )
         self._converse(sock, connection.association, origin, rest)
 

@@ -8,6 +8,7 @@ import logging
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import msgspec
@@ -27,6 +28,8 @@ from storescp.gate.transfer import ENCODINGS, VERIFICATION
 HEAD_BUFFER_LIMIT = 4 << 20
 # One TLS record holds 16 KiB; OpenSSL hands out one a call.
 _RECEIVE_BYTES = 1 << 16
+# Free space is looked at when an object begins, and again after this much of it.
+_SPACE_STEP = 64 << 20
 _SOP_CLASS, _SOP_INSTANCE = 0x00080016, 0x00080018
 _STUDY, _SERIES = 0x0020000D, 0x0020000E
 
@@ -56,8 +59,16 @@ class Incoming:
     """One C-STORE's data set on its way into a pack. ``end`` returns only when it is durable, or raises why not."""
 
     def __init__(
-        self, command: Command, context: Context, origin: Origin, deposits: Deposits, buffer: memoryview
+        self,
+        command: Command,
+        context: Context,
+        origin: Origin,
+        deposits: Deposits,
+        buffer: memoryview,
+        shortage: Callable[[], str],
     ) -> None:
+        self._shortage = shortage
+        self._checked = 0
         self._command = command
         self._context = context
         self._origin = origin
@@ -82,6 +93,10 @@ class Incoming:
         if self._reason is not None:
             return
         try:
+            if self.size >= self._checked:
+                self._checked = self.size + _SPACE_STEP
+                if self._shortage():
+                    raise RefusedError(Reason.NO_SPACE)
             self._take(data)
         except Exception as error:
             self._refuse(error)
@@ -195,7 +210,9 @@ class Association:
         origin: Origin,
         deposits: Deposits,
         idle_seconds: float,
+        shortage: Callable[[], str],
     ) -> None:
+        self._shortage = shortage
         self._connection = connection
         self._reader = reader
         self._agreement = agreement
@@ -284,7 +301,7 @@ class Association:
         if command.field == dimse.C_STORE_RQ and context.abstract_syntax != VERIFICATION and command.has_data_set:
             if self._buffer is None:
                 self._buffer = record_buffer()
-            self._incoming = Incoming(command, context, self._origin, self._deposits, self._buffer)
+            self._incoming = Incoming(command, context, self._origin, self._deposits, self._buffer, self._shortage)
         if not command.has_data_set:
             self._end()
 

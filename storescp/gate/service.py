@@ -10,11 +10,12 @@ from types import FrameType
 
 from keys.versions import store_id_of
 from storage.deposit import DepositError, Deposits, PublishedKeys
-from storescp import notify, peers
+from storescp import notify, peers, space
 from storescp.config import Config
 from storescp.errors import StrongroomError
 from storescp.gate.listener import Listener, Policy
 from storescp.gate.tls import server_context
+from storescp.harden import check_gate
 from storescp.peers import PeerError
 
 _TICK_SECONDS = 0.5
@@ -38,6 +39,7 @@ def run(config: Config) -> None:
 
     signal.signal(signal.SIGHUP, on_hangup)
     gate = config.settings.gate
+    check_gate(config)
     deposits = Deposits(
         config.incoming,
         store_id_of(config.signing_key),
@@ -49,7 +51,8 @@ def run(config: Config) -> None:
     watched = _stamp(config)
     try:
         deposits.check()
-        listener = Listener(gate, _policy(config), deposits)
+        watch = _SpaceWatch(config)
+        listener = Listener(gate, _policy(config), deposits, watch.shortage)
     except (DepositError, PeerError, OSError) as error:
         raise StrongroomError(f"the gate cannot start: {error}") from error
     listener.start()
@@ -64,14 +67,39 @@ def run(config: Config) -> None:
             watched = _stamp(config)
             _reload(config, listener)
         try:
+            watch.look()
             deposits.close_idle()
-        except DepositError as error:
-            log.error("open packs cannot be looked after: %s", error)
+        except (DepositError, OSError) as error:
+            log.error("open packs and space cannot be looked after: %s", error)
     log.info("stopping: associations in transfer have %d s to finish", gate.drain_seconds)
     notify.stopping()
     listener.stop()
     deposits.close_all()
     log.info("stopped")
+
+
+class _SpaceWatch:
+    """Free space, looked at each tick and, for ``incoming/``, at each object; says once when it ends and comes back."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._short = ""
+        self.look()
+
+    def look(self) -> None:
+        """Look at everything that counts."""
+        short = space.shortage(self._config)
+        if short and not self._short:
+            log.error("nothing more is received, C-STORE is answered A700: %s", short)
+        if self._short and not short:
+            log.info("receiving again: there is space")
+        self._short = short
+
+    def shortage(self) -> str:
+        """Return why nothing may be received now, empty if it may."""
+        if not self._short and space.free(self._config.incoming) < self._config.settings.store.reserve_bytes:
+            return "incoming has less free space than store.reserve_bytes"
+        return self._short
 
 
 def _policy(config: Config) -> Policy:

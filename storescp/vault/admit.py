@@ -1,53 +1,127 @@
 """Admission: deposits become archived packs, records become index rows. Every step can be repeated after a crash.
 
-As one user (gate and vault alike): under the pack's lock the study key is re-sealed into ``keys.db``, the deposit's
-key is zeroed, and the file moves into ``objects/``. See docs/design.md, "From socket to archive".
+Where gate and vault are one user, a deposit under its lock can change no more and moves into the archive by a
+rename. Where the gate is another user it keeps descriptors and links whatever its file is called, so the vault
+copies first and believes only the copy. A record that must not stand beside the others (other content under a UID
+that is held, another patient than its study's) goes into a quarantined pack of its own, under the same study key and
+a key record of its own. See docs/design.md, "Admission".
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
 import os
 import secrets
+import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+
+import msgspec
 
 from keys.anchors import AnchorError
 from keys.keyring import Keyring, KeyringError
 from keys.seal import SealError
 from keys.versions import StudyKeyPlace
 from storage import attributes, pack
-from storage.index import Index, Place
+from storage.attributes import AttributesError
+from storage.index import Index, Patient, Place, Row
 from storage.keysdb import KeysDatabase, StudyKeyRecord
+from storage.ledger import Decision, Ledger
 from storage.objects import Archive, OpenedPack, PackFile, Record, Unreadable, frames_digest
+from storescp.vault.judge import OTHER_CONTENT, OTHER_KEY, Verdict, judge, patient_of
 
 # A pack that was not finished making in this long never will be: its gate is gone.
 _UNFINISHED_SECONDS = 60
+# Holes in an honest deposit are the gaps of under 4,096 bytes behind its records.
+_SPARSE_LIMIT = 64 << 20
 _ROWS_AT_ONCE = 500
 
 log = logging.getLogger(__name__)
 
 
+class Judged(msgspec.Struct, frozen=True):
+    """A record with its verdict."""
+
+    record: Record
+    verdict: Verdict
+    reason: str
+
+
+class Findings(msgspec.Struct):
+    """What a deposit holds."""
+
+    judged: list[Judged]
+    unreadable: int
+    end: int
+
+    def of(self, *verdicts: Verdict) -> list[Judged]:
+        """Return the records with one of these verdicts, in file order."""
+        return [j for j in self.judged if j.verdict in verdicts]
+
+
 class Admission:
     """Admits deposits, one caller at a time."""
 
-    def __init__(self, archive: Archive, keyring: Keyring, keys_db: KeysDatabase, index: Index) -> None:
+    def __init__(
+        self,
+        archive: Archive,
+        keyring: Keyring,
+        keys_db: KeysDatabase,
+        index: Index,
+        ledger: Ledger,
+        *,
+        gate_uid: int,
+        room: Callable[[int], bool],
+    ) -> None:
+        """Prepare to admit.
+
+        Args:
+            archive: The store's folders.
+            keyring: Unlocked.
+            keys_db: Of the admitting thread alone.
+            index: Of the admitting thread alone.
+            ledger: Of the admitting thread alone.
+            gate_uid: Whose deposits are taken.
+            room: Tells whether the archive has room for so many bytes more.
+        """
         self._archive = archive
         self._keyring = keyring
         self._keys_db = keys_db
         self._index = index
+        self._ledger = ledger
+        self._gate_uid = gate_uid
+        # By copy where the gate keeps a hold on its files, and where a rename could not cross file systems.
+        self._copies = gate_uid != os.geteuid() or not archive.one_file_system()
+        self._room = room
         self._lock = threading.Lock()
+        self._said: set[str] = set()
+
+    # --- the whole of incoming/
 
     def resume(self) -> None:
         """Finish what a crash interrupted: packs whose study key is recorded, but not their admission in the index."""
         with self._lock:
-            for admission, pack_id in self._keys_db.packs_after(self._index.last_admission()):
-                self._finish(admission, pack_id)
+            self._archive.clear(lambda pack_id: self._keys_db.find(pack_id) is not None)
+            for _, pack_id in self._keys_db.packs_after(self._index.last_admission()):
+                self._finish(pack_id)
+            for decision in self._ledger.decisions()[-1:]:
+                self._apply(decision)
+
+    def reindex(self) -> None:
+        """Fill the index anew from packs, key records and the ledger's decisions."""
+        with self._lock:
+            self._index.begin_anew()
+            for _, pack_id in self._keys_db.packs_after(0):
+                self._finish(pack_id)
+            for decision in self._ledger.decisions():
+                self._apply(decision)
+            self._index.filled()
 
     def catch_up(self) -> int:
         """Admit every deposit that is closed, list the records of those that are open; return how many were admitted.
@@ -62,85 +136,261 @@ class Admission:
 
     def _look_at(self, path: Path) -> bool:
         try:
-            with PackFile(path, write=True) as file:
+            if not self._acceptable(path):
+                return False
+            with PackFile(path, write=not self._copies) as file:
                 return self._admit(file) if file.try_lock() else self._list_open(file)
         except FileNotFoundError:
             return False
-        except (pack.PackError, SealError) as error:
+        except (pack.PackError, SealError, AttributesError) as error:
             self._set_aside(path, str(error))
         except (KeyringError, AnchorError, FileExistsError, OSError) as error:
-            log.error("deposit %s is left where it is: %s", path.name, error)
+            self._say_once(path.name, f"deposit {path.name} is left where it is: {error}")
         return False
+
+    def _acceptable(self, path: Path) -> bool:
+        """Check what a name in ``incoming/`` stands for before it is opened; remove what can be no deposit."""
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode):
+            self._say_once(path.name, f"{path.name} in incoming is a folder and is left where it is")
+            return False
+        if not stat.S_ISREG(found.st_mode):
+            log.error("%s in incoming is no regular file and is removed", path.name)
+            self._archive.remove_deposit(path)
+            return False
+        if found.st_uid != self._gate_uid:
+            raise pack.PackError("it does not belong to the gate's user")
+        if found.st_size - found.st_blocks * 512 > _SPARSE_LIMIT:
+            raise pack.PackError("it is a sparse file")
+        if found.st_nlink != 1 and self._copies:
+            raise pack.PackError("it has more than one name")
+        if not self._room(found.st_size if self._copies else 0):
+            self._say_once("room", "the archive has no room for what waits; deposits stay where they are")
+            return False
+        self._said.discard("room")
+        return True
 
     def _list_open(self, file: PackFile) -> bool:
         pack_id = file.path.name
-        start = self._index.scanned(pack_id) or pack.PAGE
-        if start < file.size:
-            # What does not open in an open pack is no finding: its writer may not be done.
-            self._add(pack_id, self._deposit(file), start, whole=False, report=False)
+        scanned = self._index.scanned(pack_id)
+        if (scanned or pack.PAGE) < file.size and self._keys_db.find(pack_id) is None:
+            rows: list[Row] = []
+            study = ""
+            end = scanned or pack.PAGE
+            for judged in self._judge(self._deposit(file), start=end, whole=False):
+                if isinstance(judged, Unreadable):
+                    # What does not open in an open pack is no finding: its writer may not be done.
+                    break
+                study = study or judged.record.attributes.text(attributes.STUDY)
+                state = "pending" if judged.verdict is Verdict.QUARANTINE else judged.verdict.value
+                rows.append(Row(judged.record, "pending" if state == "heal" else state, judged.reason))
+                end = pack.page_after(judged.record.frame.end)
+                if len(rows) == _ROWS_AT_ONCE:
+                    self._index.add(pack_id, study, rows, end)
+                    rows = []
+            if rows:
+                self._index.add(pack_id, study, rows, end)
         return False
 
+    # --- one closed deposit
+
     def _admit(self, file: PackFile) -> bool:
-        pack_id = file.path.name
-        known = self._keys_db.find(pack_id)
+        known = self._keys_db.find(file.path.name)
         if known is not None:
-            self._finish(known.place.admission, pack_id, file)
+            self._account_for(file)
             return True
-        opened = self._deposit(file)
-        frames, unreadable, end = self._add(pack_id, opened, pack.PAGE, whole=True, report=True)
-        if not frames:
-            self._index.drop(pack_id)
-            if unreadable:
+        if not self._copies:
+            return self._admit_from(file, file.path)
+        with self._archive.snapshot(file) as copy:
+            try:
+                return self._admit_from(copy, file.path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    copy.path.unlink()
+
+    def _admit_from(self, source: PackFile, deposit: Path) -> bool:
+        """Admit what a source holds: the deposit itself under its lock, or the vault's copy of it."""
+        pack_id = deposit.name
+        opened = self._deposit(source)
+        findings = self._read_all(pack_id, opened)
+        if not findings.judged:
+            if findings.unreadable:
                 raise pack.PackError("no record in it opens")
-            os.unlink(file.path)
+            self._index.drop(pack_id)
+            self._archive.remove_deposit(deposit)
             return False
-        if not unreadable and end < file.size:
+        for judged in findings.of(Verdict.QUARANTINE):
+            self._quarantine(opened, judged)
+        again = [j for j in findings.of(Verdict.AGAIN) if self._held_safely(j.record, pack_id)]
+        kept = [j for j in findings.judged if j.verdict is not Verdict.QUARANTINE and j not in again]
+        if again:
+            log.info("pack %s: %d objects were held already", pack_id, len(again))
+        if not kept:
+            self._index.drop(pack_id)
+        elif len(kept) == len(findings.judged):
+            self._admit_whole(source, opened, findings)
+        else:
+            self._admit_part(source, opened, kept)
+        if deposit.exists():
+            self._archive.remove_deposit(deposit)
+        return True
+
+    def _admit_whole(self, source: PackFile, opened: OpenedPack, findings: Findings) -> None:
+        pack_id = source.path.name
+        if not findings.unreadable and findings.end < source.size:
             # The tail of a writer that died: nothing in it was acknowledged.
-            os.ftruncate(file.descriptor, end)
-        study = self._index_study(opened, frames[0])
-        place = StudyKeyPlace(
-            file.header.key_id,
-            file.header.key_id,
+            os.ftruncate(source.descriptor, findings.end)
+        frames = [j.record.frame for j in findings.judged]
+        place = self._place(pack_id, opened, frames, source.size, self._study(findings.judged))
+        if self._copies:
+            self._archive.make_ready(source)
+            self._record_key(opened, place)
+            self._archive.finish(self._archive.path(pack_id))
+        else:
+            self._record_key(opened, place)
+            self._archive.adopt(source)
+        self._file(pack_id, place, findings.judged)
+
+    def _admit_part(self, source: PackFile, opened: OpenedPack, kept: list[Judged]) -> None:
+        pack_id = source.path.name
+        target = self._archive.path(pack_id)
+        moved = self._archive.build(source, [j.record.frame for j in kept], target)
+        place = self._place(pack_id, opened, moved, moved[-1].end, self._study(kept))
+        self._record_key(opened, place)
+        self._archive.finish(target)
+        self._file(pack_id, place, _moved(kept, moved))
+
+    def _quarantine(self, opened: OpenedPack, judged: Judged) -> None:
+        """Put one record into a quarantined pack of its own."""
+        pack_id = secrets.token_hex(16)
+        target = self._archive.quarantine_path(pack_id)
+        moved = self._archive.build(opened.file, [judged.record.frame], target)
+        place = self._place(pack_id, opened, moved, moved[-1].end, self._study([judged]))
+        self._record_key(opened, place)
+        self._archive.finish(target)
+        log.warning("object %s goes to quarantine as %s: %s", moved[0].object_id.hex(), pack_id, judged.reason)
+        self._file(pack_id, place, _moved([judged], moved))
+
+    def _file(self, pack_id: str, place: StudyKeyPlace, judged: list[Judged]) -> None:
+        quarantined = place.pack_id != place.key_id
+        rows = []
+        for one in judged:
+            if one.verdict is Verdict.HEAL:
+                self._heal(one.record, pack_id)
+            state = "quarantined" if quarantined else "held" if one.verdict is Verdict.HEAL else one.verdict.value
+            rows.append(Row(one.record, state, one.reason))
+        self._index.replace(pack_id, "quarantine" if quarantined else "objects", place.admission, place.length, rows)
+
+    def _heal(self, record: Record, pack_id: str) -> None:
+        held = self._index.held(record.attributes.text(attributes.SOP_INSTANCE))
+        if held is not None and held.pack_id != pack_id:
+            log.warning(
+                "object %s replaces one in pack %s that opens no more", record.frame.object_id.hex(), held.pack_id
+            )
+            self._index.set_state(held.pack_id, held.frame.offset, "damaged", "it opens no more; a good copy came")
+
+    def _place(
+        self, pack_id: str, opened: OpenedPack, frames: list[pack.Frame], length: int, study: str
+    ) -> StudyKeyPlace:
+        return StudyKeyPlace(
+            bytes.fromhex(pack_id),
+            opened.file.header.key_id,
             study_tag(self._keyring, study),
-            file.size,
+            length,
             frames_digest(frames),
             self._keys_db.next_admission(),
         )
+
+    def _record_key(self, opened: OpenedPack, place: StudyKeyPlace) -> None:
         current = self._keyring.current()
         self._keys_db.add(StudyKeyRecord(place, current.version, current.wrap_study(opened.key, place)))
-        self._archive.admit(file)
-        self._index.mark_admitted(pack_id, place.admission, place.length)
-        return True
 
-    def _index_study(self, opened: OpenedPack, frame: pack.Frame) -> str:
-        return opened.attributes(frame).text(attributes.STUDY)
+    def _study(self, judged: list[Judged]) -> str:
+        return judged[0].record.attributes.text(attributes.STUDY)
 
-    def _finish(self, admission: int, pack_id: str, file: PackFile | None = None) -> None:
+    # --- after a crash
+
+    def _finish(self, pack_id: str) -> None:
         """Bring a pack whose study key is recorded to where it belongs, and its rows into the index."""
-        if file is not None:
-            self._archive.admit(file)
-        elif (self._archive.incoming / pack_id).exists() and not self._archive.path(pack_id).exists():
-            with PackFile(self._archive.incoming / pack_id, write=True) as deposit:
-                self._archive.admit(deposit)
-        path = self._archive.path(pack_id)
+        record = self._keys_db.find(pack_id)
+        if record is None:
+            return
+        quarantined = record.place.pack_id != record.place.key_id
+        target = self._archive.quarantine_path(pack_id) if quarantined else self._archive.path(pack_id)
         try:
-            with PackFile(path) as archived:
-                opened = self.open(archived)
-                start = self._index.scanned(pack_id) or pack.PAGE
-                self._add(pack_id, opened, start, whole=False, report=True)
-                self._index.mark_admitted(pack_id, admission, archived.size)
-        except (OSError, pack.PackError, SealError) as error:
+            if not self._archive.finish(target):
+                with PackFile(self._archive.incoming / pack_id, write=True) as deposit:
+                    if deposit.size != record.place.length:
+                        raise pack.PackError("the deposit is not the one that its study key was sealed for")
+                    self._archive.adopt(deposit)
+            with PackFile(target) as archived:
+                opened = open_pack(archived, self._keyring, record)
+                found = [j for j in self._judge(opened, whole=False, pack_id=pack_id) if isinstance(j, Judged)]
+                kept = found if quarantined else [_settled(j) for j in found]
+                self._file(pack_id, record.place, kept)
+        except (OSError, pack.PackError, SealError, KeyringError, AnchorError) as error:
             log.error("pack %s is recorded but cannot be read: %s", pack_id, error)
 
-    def open(self, file: PackFile) -> OpenedPack:
-        """Return a pack with its study key, wherever it is.
+    def _account_for(self, file: PackFile) -> None:
+        """Remove a deposit that a crash left behind its admission; one that brings anything new collides.
 
         Raises:
-            SealError: Its key does not open, or the pack is not the one that the key was sealed for.
-            KeyringError: Its key version is not in the keyring.
-            AnchorError: The anchor of its key version is not here.
+            PackError: It holds a record that the archive does not.
         """
-        return open_pack(file, self._keyring, self._keys_db.find(file.path.name))
+        pack_id = file.path.name
+        target = self._archive.path(pack_id)
+        if not self._archive.finish(target) and not self._copies:
+            # Recorded, not yet moved: the rename was interrupted.
+            self._archive.adopt(file)
+            self._finish(pack_id)
+            return
+        if self._index.place_of(pack_id) != "objects":
+            self._finish(pack_id)
+        if not all(self._archived(file, frame) for frame in _frames(file)):
+            raise pack.PackError(OTHER_KEY)
+        self._archive.remove_deposit(file.path)
+
+    def _archived(self, file: PackFile, frame: pack.Frame) -> bool:
+        """Tell whether the archive holds a record byte for byte, wherever in it."""
+        for place in self._index.of_object(frame.object_id):
+            path = self._archive.find(place.pack_id)
+            if path is None or path == file.path or place.frame.encode() != frame.encode():
+                continue
+            with PackFile(path) as other:
+                if _range_digest(other, place.frame) == _range_digest(file, frame):
+                    return True
+        return False
+
+    # --- decisions
+
+    def decide(self, decision: Decision) -> None:
+        """Record what an admin decided about a quarantined instance, and do it."""
+        with self._lock:
+            self._ledger.record(decision)
+            self._apply(decision)
+
+    def _apply(self, decision: Decision) -> None:
+        """Do what was decided; nothing where it is done already."""
+        if decision.kind == "discard":
+            self._keys_db.remove(decision.pack_id)
+            self._index.drop(decision.pack_id)
+            self._archive.remove(self._archive.quarantine_path(decision.pack_id))
+            return
+        chosen = self._index.at(decision.pack_id, bytes.fromhex(decision.object_id))
+        if chosen is None or self._index.state(chosen) != "quarantined":
+            return
+        other = self._index.at(decision.other_pack_id, bytes.fromhex(decision.other_object_id))
+        if other is not None:
+            self._index.swap(other, "replaced", decision.reason, chosen)
+        else:
+            self._index.set_state(chosen.pack_id, chosen.frame.offset, "held")
+        path = self._archive.find(chosen.pack_id)
+        if path is not None:
+            with PackFile(path) as file:
+                opened = open_pack(file, self._keyring, self._keys_db.find(chosen.pack_id))
+                self._index.describe(opened.attributes(chosen.frame))
+
+    # --- reading and judging
 
     def _deposit(self, file: PackFile) -> OpenedPack:
         if file.header.key_id.hex() != file.path.name or file.header.store_id != self._keyring.store_id:
@@ -150,73 +400,74 @@ class Admission:
         version = self._keyring.version(file.header.version)
         return OpenedPack(file, version.unwrap_deposit(file.header.wrapped, file.header.key_id))
 
-    def _add(
-        self, pack_id: str, opened: OpenedPack, start: int, *, whole: bool, report: bool
-    ) -> tuple[list[pack.Frame], int, int]:
-        """Put new records into the index; return frames, how many did not open, and where the pack ends."""
-        scanned = self._index.scanned(pack_id)
-        frames: list[pack.Frame] = []
-        rows: list[tuple[Record, str]] = []
-        batch: dict[str, Place] = {}
-        study = ""
-        unreadable = 0
-        end = start
-        for found in self._records(opened, start, whole=whole):
+    def _read_all(self, pack_id: str, opened: OpenedPack) -> Findings:
+        findings = Findings([], 0, pack.PAGE)
+        for found in self._judge(opened, whole=True, pack_id=pack_id):
             if isinstance(found, Unreadable):
-                if not report:
-                    break
-                unreadable += 1
+                findings.unreadable += 1
                 self._report(pack_id, found)
-                continue
-            study = study or found.attributes.text(attributes.STUDY)
-            frames.append(found.frame)
-            end = found.frame.end
-            if found.frame.offset >= scanned:
-                rows.append((found, self._state(found, opened, pack_id, batch)))
-            if len(rows) >= _ROWS_AT_ONCE:
-                self._index.add(pack_id, study, rows, pack.page_after(end))
-                rows, batch = [], {}
-        if rows:
-            self._index.add(pack_id, study, rows, pack.page_after(end))
-        return frames, unreadable, end
+            else:
+                findings.judged.append(found)
+                findings.end = found.record.frame.end
+        return findings
 
-    def _records(self, opened: OpenedPack, start: int, *, whole: bool) -> Iterator[Record | Unreadable]:
-        study = ""
+    def _judge(
+        self, opened: OpenedPack, *, start: int = pack.PAGE, whole: bool, pack_id: str = ""
+    ) -> Iterator[Judged | Unreadable]:
+        pack_id = pack_id or opened.file.path.name
+        first_study = self._index.study_of(pack_id) if start > pack.PAGE else ""
+        patients: dict[str, Patient | None] = {}
+        batch: dict[str, Place] = {}
         for found in opened.records(start, whole=whole):
-            if isinstance(found, Record):
-                study = study or found.attributes.text(attributes.STUDY)
-                if found.attributes.text(attributes.STUDY) != study:
-                    yield Unreadable(found.frame.offset, "a record of another study in the pack")
-                    continue
-            yield found
+            if isinstance(found, Unreadable):
+                yield found
+                continue
+            study = found.attributes.text(attributes.STUDY)
+            uid = found.attributes.text(attributes.SOP_INSTANCE)
+            first_study = first_study or study
+            if study not in patients:
+                patients[study] = self._index.patient(study)
+            held = batch.get(uid) or self._index.held(uid, besides=pack_id)
+            decided = judge(
+                first_study=first_study,
+                study=study,
+                patient=patients[study],
+                instance=patient_of(found.attributes),
+                held_syntax=held.transfer_syntax if held else None,
+                syntax=found.attributes.transfer_syntax,
+            )
+            verdict, reason = decided or self._compare(found, opened, held)
+            if verdict is Verdict.HOLD:
+                batch[uid] = Place(pack_id, found.frame, found.attributes.transfer_syntax)
+                # The first instance says whom its study is about, for the others of its own pack too.
+                patients[study] = patients[study] or patient_of(found.attributes)
+            yield Judged(found, verdict, reason)
 
-    def _state(self, record: Record, opened: OpenedPack, pack_id: str, batch: dict[str, Place]) -> str:
-        uid = record.attributes.text(attributes.SOP_INSTANCE)
-        first = batch.get(uid) or self._index.held(uid)
-        if first is None:
-            batch[uid] = Place(pack_id, record.frame, record.attributes.transfer_syntax)
-            return "held"
-        if first.transfer_syntax != record.attributes.transfer_syntax:
-            return "encoding"
-        if self._same(record, opened, first):
-            return "same"
-        log.warning(
-            "object %s in pack %s has other content than the one held under its UID; the first stays",
-            record.frame.object_id.hex(),
-            pack_id,
-        )
-        return "conflict"
-
-    def _same(self, record: Record, opened: OpenedPack, first: Place) -> bool:
-        path = self._archive.find(first.pack_id)
-        if path is None:
-            return False
+    def _compare(self, record: Record, opened: OpenedPack, held: Place | None) -> tuple[Verdict, str]:
+        if held is None:
+            return Verdict.HOLD, ""
         try:
-            with PackFile(path) as file:
-                held = _digest(self.open(file).dataset(first.frame))
+            if held.pack_id == opened.file.path.name:
+                first = _digest(opened.dataset(held.frame))
+            else:
+                path = self._archive.find(held.pack_id)
+                if path is None:
+                    raise FileNotFoundError(held.pack_id)
+                with PackFile(path) as file:
+                    other = open_pack(file, self._keyring, self._keys_db.find(held.pack_id))
+                    first = _digest(other.dataset(held.frame))
         except (OSError, pack.PackError, SealError, KeyringError, AnchorError):
-            return False
-        return held == _digest(opened.dataset(record.frame))
+            return Verdict.HEAL, "the one that was held opens no more"
+        if first == _digest(opened.dataset(record.frame)):
+            return Verdict.AGAIN, "identical content is held"
+        return Verdict.QUARANTINE, OTHER_CONTENT
+
+    def _held_safely(self, record: Record, pack_id: str) -> bool:
+        """Tell whether the instance that a record repeats is admitted, so that the record can go."""
+        held = self._index.held(record.attributes.text(attributes.SOP_INSTANCE), besides=pack_id)
+        return held is not None and self._archive.find(held.pack_id) != self._archive.incoming / held.pack_id
+
+    # --- telling
 
     def _report(self, pack_id: str, found: Unreadable) -> None:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -224,10 +475,35 @@ class Admission:
             log.error("pack %s at offset %d does not open: %s", pack_id, found.offset, found.reason)
 
     def _set_aside(self, path: Path, reason: str) -> None:
+        """Put a deposit that cannot be admitted into quarantine under a random name; re-seal its key if that opens."""
         name = secrets.token_hex(16)
         log.error("deposit %s goes to quarantine as %s: %s", path.name, name, reason)
-        self._index.drop(path.name)
-        self._archive.set_aside(path, name)
+        try:
+            self._archive.keep_raw(path, name)
+            with contextlib.suppress(pack.PackError, SealError, KeyringError, AnchorError):
+                self._file_raw(name)
+            if self._keys_db.find(path.name) is None:
+                self._index.drop(path.name)
+            self._archive.remove_deposit(path)
+        except OSError as error:
+            self._say_once(path.name, f"deposit {path.name} cannot be set aside: {error.strerror}")
+
+    def _file_raw(self, pack_id: str) -> None:
+        with PackFile(self._archive.quarantine_path(pack_id)) as file:
+            if file.header.store_id != self._keyring.store_id or not file.header.version:
+                return
+            opened = open_pack(file, self._keyring, None)
+            records = [found for found in opened.records() if isinstance(found, Record)]
+            study = records[0].attributes.text(attributes.STUDY) if records else ""
+            place = self._place(pack_id, opened, [r.frame for r in records], file.size, study)
+            self._record_key(opened, place)
+            judged = [Judged(record, Verdict.QUARANTINE, OTHER_KEY) for record in records]
+            self._file(pack_id, place, judged)
+
+    def _say_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            log.error("%s", message)
 
     def _tidy(self, present: set[str]) -> None:
         for pack_id in self._index.waiting_packs():
@@ -236,10 +512,10 @@ class Admission:
                 self._index.drop(pack_id)
         for path in self._archive.unfinished():
             try:
-                if time.time() - path.stat().st_mtime > _UNFINISHED_SECONDS:
+                if time.time() - path.lstat().st_mtime > _UNFINISHED_SECONDS:
                     path.unlink()
-            except FileNotFoundError:
-                continue
+            except OSError:
+                self._say_once(path.name, f"{path.name} in incoming is no deposit and cannot be removed")
 
 
 def open_pack(file: PackFile, keyring: Keyring, record: StudyKeyRecord | None) -> OpenedPack:
@@ -263,8 +539,42 @@ def study_tag(keyring: Keyring, study: str) -> bytes:
     return hmac.digest(keyring.body.tag_key, b"study\0" + study.encode("ascii"), "sha256")
 
 
+def _moved(judged: list[Judged], frames: list[pack.Frame]) -> list[Judged]:
+    return [
+        Judged(Record(frame, one.record.attributes), one.verdict, one.reason)
+        for one, frame in zip(judged, frames, strict=True)
+    ]
+
+
+def _settled(judged: Judged) -> Judged:
+    """Return what an archived record is judged as: it was kept once, so nothing quarantines it now."""
+    if judged.verdict is Verdict.QUARANTINE:
+        return Judged(judged.record, Verdict.AGAIN, judged.reason)
+    return judged
+
+
+def _frames(file: PackFile) -> Iterator[pack.Frame]:
+    size = file.size
+    offset: int | None = pack.PAGE
+    while offset is not None:
+        try:
+            frame = pack.frame_at(file.read, offset, size)
+        except pack.PackError:
+            offset = pack.resync(file.read, offset, size)
+            continue
+        if frame is None:
+            return
+        yield frame
+        offset = pack.page_after(frame.end)
+
+
 def _digest(parts: Iterator[bytes]) -> bytes:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.digest()
+
+
+def _range_digest(file: PackFile, frame: pack.Frame) -> bytes:
+    starts = range(frame.dataset_start, frame.end, 1 << 20)
+    return _digest(file.read(start, min(1 << 20, frame.end - start)) for start in starts)

@@ -15,7 +15,6 @@ from storage.keysdb import KeysDatabase
 from storage.objects import Archive
 from storescp.config import Config, Settings, Store, render
 from storescp.errors import StrongroomError
-from storescp.vault.service import publish
 
 _SERVER_DAYS = 825
 
@@ -78,7 +77,7 @@ def create(plan: Plan) -> Config:
     KeysDatabase(config.keys_db, migrate=True).close()
     os.chmod(config.keys_db, 0o600)
     ring.write(config.keyring)
-    publish(config, ring, created)
+    _publish(config, ring, created)
     if plan.with_pki:
         _issue_server(plan, config, ring, now)
     # Last: with the configuration the store is there; without it nothing uses what was made so far.
@@ -111,3 +110,10 @@ def _issue_server(plan: Plan, config: Config, ring: keyring.Keyring, now: dateti
     encoding.create(config.trust[0], ca.certificate.encode(), mode=0o644)
     encoding.create(config.certificate, pem, mode=0o644)
     encoding.create(config.private_key, authority.private_pem(key))
+
+
+def _publish(config: Config, ring: keyring.Keyring, created: str) -> None:
+    """Publish the current version's deposit key for the gates; a published key is never replaced."""
+    version = ring.current()
+    path = config.public / f"deposit-{version.version}.key"
+    encoding.create(path, version.deposit_key().signed_file(ring.signing, created), mode=0o644)

@@ -1,0 +1,128 @@
+"""Whether the vault is locked, and what may happen at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+
+from keys import keyring, slots
+from keys.anchors import AnchorError, FileAnchors
+from keys.keyring import KeyringError
+from storage.migrate import upgrade
+from storescp.config import Config
+from storescp.errors import LOCKED, StrongroomError
+from storescp.vault.opened import Open
+
+_WRONG_SECRET_DELAY_LIMIT = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class Vault:
+    """A store that is locked or unlocked, and the admission of what waits."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.locked_since = time.time()
+        self._anchors = FileAnchors(config.anchors)
+        self._open: Open | None = None
+        self._state = threading.RLock()
+        self._wrong = 0
+        self._wrong_lock = threading.Lock()
+
+    @property
+    def opened(self) -> Open | None:
+        """What an unlocked vault has in hand, None while it is locked."""
+        return self._open
+
+    def unlocked(self) -> Open:
+        """Return what an unlocked vault has in hand.
+
+        Raises:
+            StrongroomError: It is locked.
+        """
+        if self._open is None:
+            raise StrongroomError("the vault is locked", hint="'strongroom unlock' opens it", status=LOCKED)
+        return self._open
+
+    @contextlib.contextmanager
+    def admitting(self) -> Iterator[Open | None]:
+        """Keep lock, unlock and admission away meanwhile; gives what an unlocked vault has in hand."""
+        with self._state:
+            yield self._open
+
+    def unlock(self, secret: slots.Secret) -> None:
+        """Open the keyring, finish what a crash interrupted, and begin to admit.
+
+        Raises:
+            UnlockError: No slot opens with this secret.
+            KeyringError: The keyring is damaged or old.
+            AnchorError: The anchors are not here.
+        """
+        ring = keyring.unlock(self.config.keyring, secret, self._anchors)
+        with self._state:
+            if self._open is not None:
+                ring.forget()
+                return
+            opened = Open(self.config, ring)
+            opened.start()
+            self._open = opened
+        log.info("unlocked")
+
+    def try_unlock(self, secret: slots.Secret) -> None:
+        """Unlock for somebody who asks; each wrong secret makes the next answer slower.
+
+        Raises:
+            StrongroomError: It does not open; one constant message for every wrong secret.
+        """
+        # One at a time: guesses in parallel would not wait for each other's delay.
+        with self._wrong_lock:
+            try:
+                self.unlock(secret)
+            except slots.UnlockError as error:
+                self._wrong += 1
+                log.warning("a wrong secret was given to unlock, %d in a row", self._wrong)
+                time.sleep(min(2.0 ** (self._wrong - 2), _WRONG_SECRET_DELAY_LIMIT))
+                raise StrongroomError(str(error), hint="try again, or use another slot", status=LOCKED) from error
+            except (KeyringError, AnchorError) as error:
+                raise StrongroomError(str(error), hint="see docs/admin.md, 'What losing a key means'") from error
+            self._wrong = 0
+
+    def lock(self) -> None:
+        """Forget the keys."""
+        with self._state:
+            if self._open is not None:
+                self._open.close()
+                self._open = None
+                self.locked_since = time.time()
+                log.info("locked")
+
+    def admit(self) -> None:
+        """Admit what waits, if unlocked."""
+        with self._state:
+            if self._open is not None:
+                count = self._open.admission.catch_up()
+                if count:
+                    log.info("admitted %d packs", count)
+
+    def upgrade(self, secret: slots.Secret) -> list[str]:
+        """Bring a store of an older format to this release's; return what was done.
+
+        Raises:
+            StrongroomError: It is in use, or does not open.
+        """
+        with self._state:
+            if self._open is not None:
+                return []
+            try:
+                ring = keyring.unlock(self.config.keyring, secret, self._anchors, older=True)
+                done = upgrade(ring, self.config.store_path)
+            except slots.UnlockError as error:
+                raise StrongroomError(str(error), status=LOCKED) from error
+            except (KeyringError, AnchorError) as error:
+                raise StrongroomError(str(error)) from error
+            ring.forget()
+        return done

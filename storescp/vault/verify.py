@@ -1,0 +1,80 @@
+"""``verify``: open every record of every pack, and say what is missing, damaged, orphaned or waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from keys.anchors import AnchorError
+from keys.keyring import KeyringError
+from keys.seal import SealError
+from storage.keysdb import StudyKeyRecord
+from storage.objects import PackFile, Record, frames_digest
+from storage.pack import PackError
+from storescp.vault.admit import open_pack
+from storescp.vault.opened import Open, Reader
+
+# Progress is told this often, in packs.
+_EVERY = 20
+
+
+def verify(opened: Open, *, rate: float) -> Iterator[dict[str, Any]]:
+    """Yield findings and progress.
+
+    Args:
+        opened: The unlocked vault.
+        rate: Bytes a second to read at most; 0 for as fast as it goes.
+
+    Yields:
+        ``{"kind": "progress", "done", "total"}``;
+        ``{"kind": "finding", "what", "pack", "reason", "objects"}``, what being ``missing``, ``damaged``, ``orphaned``
+        or ``not indexed`` and objects are by study and sender; at the end ``{"kind": "end", ...}`` with counts.
+    """
+    began = time.monotonic()
+    read = records = 0
+    with opened.reader() as reader:
+        packs = [pack_id for _, pack_id in reader.keys_db.packs_after(0)]
+        for number, pack_id in enumerate(packs):
+            if number % _EVERY == 0:
+                yield {"kind": "progress", "done": number, "total": len(packs)}
+            record = reader.keys_db.find(pack_id)
+            if record is None:
+                # Discarded or erased since the list was made.
+                continue
+            size, count, finding = _check(opened, reader, record)
+            read += size
+            records += count
+            if finding:
+                yield {"kind": "finding", "pack": pack_id, **finding}
+            if rate:
+                time.sleep(max(0.0, read / rate - (time.monotonic() - began)))
+        known = set(packs)
+        for path in opened.archive.packs():
+            if path.name not in known and reader.keys_db.find(path.name) is None:
+                reason = "no key record: nothing opens it"
+                yield {"kind": "finding", "what": "orphaned", "pack": path.name, "reason": reason, "objects": []}
+        waiting = len(opened.archive.deposits())
+    yield {"kind": "end", "packs": len(packs), "records": records, "bytes": read, "waiting": waiting}
+
+
+def _check(opened: Open, reader: Reader, record: StudyKeyRecord) -> tuple[int, int, dict[str, Any]]:
+    """Return bytes read, records that opened, and what is wrong with a pack."""
+    rows = reader.index.rows_of(record.pack_id)
+    path = opened.archive.find(record.pack_id)
+    if path is None:
+        return 0, 0, {"what": "missing", "reason": "the pack is not there", "objects": rows}
+    try:
+        with PackFile(path) as file:
+            size = file.size
+            pack = open_pack(file, opened.ring, record)
+            good = [found.frame for found in pack.records() if isinstance(found, Record)]
+    except (OSError, PackError, SealError, KeyringError, AnchorError) as error:
+        return 0, 0, {"what": "damaged", "reason": str(error), "objects": rows}
+    offsets = {frame.offset for frame in good}
+    if frames_digest(good) != record.place.frames_digest:
+        bad = [row for row in rows if row["offset"] not in offsets]
+        return size, len(good), {"what": "damaged", "reason": "records do not open", "objects": bad}
+    if offsets != {row["offset"] for row in rows}:
+        return size, len(good), {"what": "not indexed", "reason": "'strongroom reindex' mends it", "objects": []}
+    return size, len(good), {}
