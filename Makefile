@@ -1,7 +1,8 @@
 # Strongroom. 'make serve' runs a store for trying out; 'make test' runs every check. Both set themselves up.
 
 SHELL := /bin/bash
-PYTHON ?= python3
+# The system's own Python: users other than the one who builds can run it too.
+PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 VENV := .venv
 BIN := $(VENV)/bin
 VAR := var

@@ -26,6 +26,10 @@ class KeyringError(Exception):
     """A keyring is missing, damaged, of a newer format, or older than one seen before."""
 
 
+class UnknownVersionError(KeyringError):
+    """The keyring has no key version of this number."""
+
+
 class Header(msgspec.Struct, forbid_unknown_fields=True):
     """The part of a keyring that can be read while locked."""
 
@@ -95,13 +99,14 @@ class Keyring:
         """Return an opened version.
 
         Raises:
-            KeyringError: The keyring has none of this number, or its root does not open.
+            UnknownVersionError: The keyring has none of this number.
+            KeyringError: Its root does not open.
             AnchorError: Its anchor is not here.
         """
         if number not in self._versions:
             record = next((r for r in self.body.versions if r.version == number), None)
             if record is None:
-                raise KeyringError(f"the keyring has no key version {number}")
+                raise UnknownVersionError(f"the keyring has no key version {number}")
             key = self._anchors.key(record.anchor.id, self.store_id, number)
             try:
                 root = open_sealed(record.root, key, context("version-root", self.store_id, u32(number)))

@@ -210,9 +210,8 @@ class Archive:
         return sorted(p for p in self._quarantine.iterdir() if _is_pack_name(p.name))
 
     def packs(self) -> Iterator[Path]:
-        """Yield every file in ``objects/`` and ``quarantine/``."""
-        for folder in (self._objects, self._quarantine):
-            yield from (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.endswith(".new"))
+        """Yield every file in ``objects/``."""
+        yield from (p for p in sorted(self._objects.rglob("*")) if p.is_file() and not p.name.endswith(".new"))
 
     # --- what a vault does with a deposit
 

@@ -1,7 +1,7 @@
-"""``strongroom serve``: gate and vault as two processes under one supervisor, as one user.
+"""``strongroom serve``: gate and vault as two processes under one supervisor.
 
-The embedded default. The isolation between gate and vault holds only where they are different users, which the
-systemd units make them; the supervisor says so when it starts.
+As one user by default, and the supervisor says so: the isolation between gate and vault holds only where they are
+different users. Started by root on a store of two users, it runs each as its own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import pwd
 import secrets
 import signal
 import socket
@@ -32,8 +33,9 @@ log = logging.getLogger(__name__)
 class _Child:
     """One process that is kept running."""
 
-    def __init__(self, config: Config, verb: str) -> None:
+    def __init__(self, config: Config, verb: str, user: str | int | None) -> None:
         self.verb = verb
+        self._user = user
         self._config = config
         self._failures = 0
         self._started = 0.0
@@ -49,7 +51,14 @@ class _Child:
         command = [sys.executable, "-m", "storescp", "--config", str(self._config.file), self.verb]
         environment = os.environ | {"NOTIFY_SOCKET": "@" + name, _SUPERVISED: str(os.getpid())}
         self._started = time.monotonic()
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            user=self._user,
+            group=_group(self._user),
+            extra_groups=[] if self._user is not None else None,
+        )
         return listening
 
     def wait_ready(self, listening: socket.socket, stop: threading.Event) -> None:
@@ -108,14 +117,16 @@ def run(config: Config) -> None:
         StrongroomError: One of them cannot start.
     """
     stop = threading.Event()
-    vault, gate = _Child(config, "vault"), _Child(config, "gate")
+    users = _users(config)
+    vault, gate = _Child(config, "vault", users[0]), _Child(config, "gate", users[1])
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     signal.signal(signal.SIGHUP, lambda *_: gate.signal(signal.SIGHUP))
-    log.warning(
-        "gate and vault run as one user: whoever breaks into the gate can reach the vault's files. "
-        "Production runs them as two users"
-    )
+    if users[1] is None:
+        log.warning(
+            "gate and vault run as one user: whoever breaks into the gate can reach the vault's files. "
+            "Production runs them as two users"
+        )
     try:
         for child in (vault, gate):
             child.wait_ready(child.start(), stop)
@@ -128,6 +139,25 @@ def run(config: Config) -> None:
         # The gate first: what it still receives while it drains, the vault still admits.
         gate.stop(config.settings.gate.drain_seconds + 10.0)
         vault.stop(30.0)
+
+
+def _users(config: Config) -> tuple[int | None, str | None]:
+    """Return as whom vault and gate are started: None for as whom this runs."""
+    gate = config.settings.gate.user
+    if not gate:
+        return None, None
+    if os.geteuid() != 0:
+        raise StrongroomError(
+            "this store has two users, gate and vault, and only root can run both",
+            hint="run this as root, or 'strongroom vault' and 'strongroom gate' each as its own user",
+        )
+    return config.store_path.stat().st_uid, gate
+
+
+def _group(user: str | int | None) -> int | None:
+    if user is None:
+        return None
+    return (pwd.getpwnam(user) if isinstance(user, str) else pwd.getpwuid(user)).pw_gid
 
 
 def die_with_parent() -> None:

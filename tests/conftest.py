@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import queue
 import re
 import signal
@@ -34,10 +35,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             missing = [name for name in mark.args if find_command(name) is None]
             if missing and not os.environ.get("STRONGROOM_NO_SKIP"):
                 item.add_marker(pytest.mark.skip(reason=f"NOT TESTED: {', '.join(missing)} is not installed"))
+        if os.geteuid() != 0 and item.get_closest_marker("needs_root") and not os.environ.get("STRONGROOM_NO_SKIP"):
+            item.add_marker(pytest.mark.skip(reason="NOT TESTED: this needs root"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register our marks."""
+    config.addinivalue_line("markers", "needs_root: users, mounts and limits that only root can make")
     config.addinivalue_line("markers", "needs(*commands): programs that a test starts")
 
 
@@ -83,6 +87,23 @@ class Server:
             subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
         )
 
+    def run_as(self, user: str, *arguments: str) -> Finished:
+        """Run a strongroom command as another user; for those that end by themselves."""
+        command = [sys.executable, "-m", "storescp", "--config", str(self.config), *arguments]
+        found = pwd.getpwnam(user)
+        return Finished(
+            subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+                user=found.pw_uid,
+                group=found.pw_gid,
+                extra_groups=[],
+            )
+        )
+
     def ok(self, *arguments: str | Path, stdin: str = "") -> Finished:
         """Run a strongroom command that must succeed."""
         done = self.run(*arguments, stdin=stdin)
@@ -111,17 +132,22 @@ class Server:
 
     def start(self, verb: str = "serve") -> Server:
         """Start ``serve``, ``gate`` or ``vault`` and wait until it serves."""
-        command = [sys.executable, "-m", "storescp", "--config", str(self.config), verb]
+        self.start_command([sys.executable, "-m", "storescp", "--config", str(self.config), verb], verb)
+        return self
+
+    def start_command(self, command: Sequence[str], verb: str) -> subprocess.Popen[str]:
+        """Start a command that runs a verb in the end, and wait until it serves or died."""
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         self._lines = queue.Queue()
         threading.Thread(target=self._read, args=(self._process, self._lines), daemon=True).start()
+        process = self._process
         if verb in {"serve", "gate"}:
             self.port = int(self.wait_log(r"listening on 127\.0\.0\.1:(\d+)")[1])
         if verb == "serve":
             self.wait_log("serve: ready")
-        if verb == "vault":
+        if verb == "vault" and "strace" not in command[0]:
             self.wait_log("unlocked|locked")
-        return self
+        return process
 
     def wait_log(self, pattern: str, seconds: float = START_SECONDS) -> re.Match[str]:
         """Wait for a line of the log that was not waited for yet."""
@@ -159,7 +185,7 @@ class Server:
                     words = (entry / "cmdline").read_bytes().split(b"\0")
                 except OSError:
                     continue
-                if str(self.config).encode() in words and verb.encode() in words:
+                if str(self.config).encode() in words and verb.encode() in words and b"strace" not in words[0]:
                     found.append(int(entry.name))
         return found
 
@@ -253,3 +279,17 @@ def send(server: Server, files: Sequence[Path], title: str = "CT1", folder: Path
 
     context = scu.tls(folder or server.home / "issued" / title, urllib.parse.quote(title, safe=""))
     return scu.send(server.port, context, [scu.read(file) for file in files], calling=title)
+
+
+def changed(path: Path, folder: Path, **elements: str) -> Path:
+    """Write a copy of a file with other values."""
+    import pydicom
+
+    dataset = pydicom.dcmread(path)
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+        if name == "SOPInstanceUID":
+            dataset.file_meta.MediaStorageSOPInstanceUID = value
+    target = folder / f"{len(list(folder.iterdir()))}.dcm"
+    dataset.save_as(target)
+    return target

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
 import ssl
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydicom
-from pynetdicom import AE
+from pydicom.data import get_testdata_file
+from pydicom.uid import generate_uid
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import split_dataset
+from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.presentation import PresentationContext, build_context
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
@@ -60,6 +66,17 @@ def lenient() -> Iterator[None]:
     with warnings.catch_warnings(), pydicom.config.disable_value_validation():
         warnings.simplefilter("ignore")
         yield
+
+
+def same(one: Path, other: Path) -> bool:
+    """Tell whether pydicom reads two files to one data set; padding and group lengths, which senders drop, aside."""
+    with lenient():
+        first, second = ({e.tag: e for e in pydicom.dcmread(file) if _counts(e)} for file in (one, other))
+        return first == second
+
+
+def _counts(element: pydicom.DataElement) -> bool:
+    return element.tag != 0xFFFCFFFC and element.tag.elem != 0
 
 
 def tls(folder: Path, stem: str = "CT1") -> ssl.SSLContext:
@@ -129,6 +146,35 @@ def send(port: int, context: ssl.SSLContext, items: Iterable[Object], **options:
         with associated(port, context, [item.context], **options) as association:
             statuses.append(store(association, item).Status)
     return statuses
+
+
+def large_file(file: Path, frames: int) -> Object:
+    """Write a multi-frame object of 32 KiB a frame, every frame another one, and return it."""
+    data_set = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False))
+    data_set.SOPInstanceUID = data_set.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    data_set.NumberOfFrames = frames
+    data_set.PixelData = os.urandom(frames * data_set.Rows * data_set.Columns * 2)
+    data_set.save_as(file)
+    return read(file)
+
+
+def midway(action: Callable[[], Any], after: int) -> tuple[Future[Any], list[Any]]:
+    """Return a result, and handlers for ``request``: the action runs after so many P-DATA PDUs, the rest waits for it.
+
+    The first of them holds the command; the others hold up to 128 KiB of the data set each.
+    """
+    sent = itertools.count(1)
+    result: Future[Any] = Future()
+
+    def on_sent(event: Any) -> None:
+        if isinstance(event.pdu, P_DATA_TF) and next(sent) == after:
+            # pynetdicom would only log what is raised here.
+            try:
+                result.set_result(action())
+            except BaseException as error:
+                result.set_exception(error)
+
+    return result, [(evt.EVT_PDU_SENT, on_sent)]
 
 
 def _split(file: Path) -> tuple[pydicom.Dataset, int]:

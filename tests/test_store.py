@@ -7,8 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import pydicom
-from conftest import Server, send
+from conftest import Server, changed, send
 from pydicom.data import get_testdata_file
 from scu import raw_data_set
 
@@ -20,18 +19,6 @@ def exported(server: Server, name: str = "out") -> dict[str, bytes]:
     """Export everything; return data sets by SOP Instance UID."""
     server.ok("export", "--all", "--to", server.home / name)
     return {path.stem: raw_data_set(path) for path in (server.home / name).rglob("*.dcm")}
-
-
-def changed(path: Path, folder: Path, **elements: str) -> Path:
-    """Write a copy of a file with other values."""
-    dataset = pydicom.dcmread(path)
-    for name, value in elements.items():
-        setattr(dataset, name, value)
-        if name == "SOPInstanceUID":
-            dataset.file_meta.MediaStorageSOPInstanceUID = value
-    target = folder / f"{len(list(folder.iterdir()))}.dcm"
-    dataset.save_as(target)
-    return target
 
 
 def test_what_was_acknowledged_is_listed_and_exported_before_its_pack_closes(server: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -141,6 +142,8 @@ def _started(config: Config) -> Iterator[Client]:
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         user=owner if os.geteuid() != owner else None,
+        group=pwd.getpwuid(owner).pw_gid if os.geteuid() != owner else None,
+        extra_groups=[] if os.geteuid() != owner else None,
     )
     theirs.close()
     client = Client(ours)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import socket as sockets
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ ONE FAILURE FROM TOTAL LOSS until a recovery export exists."""
     is_flag=True,
     help="Make a certificate authority of the store's own and a server certificate.",
 )
+@click.option("--vault-user", help="The vault's user, where gate and vault are two; needs root.")
+@click.option("--gate-user", help="The gate's user, where gate and vault are two; needs root.")
 @click.option("--server-name", multiple=True, help="Name or address in the server certificate; may be repeated.")
 @click.pass_obj
 def init_command(
@@ -48,11 +52,15 @@ def init_command(
     key_file: Path | None,
     passphrase_file: Path | None,
     with_pki: bool,
+    vault_user: str | None,
+    gate_user: str | None,
     server_name: tuple[str, ...],
 ) -> None:
     r"""Make a new store beside its configuration file.
 
     Without --key-file and --passphrase-file a passphrase is asked for. A store is never made over another one.
+
+    With --vault-user and --gate-user each gets what is its own; 'serve' as root then runs the two as these users.
 
     \b
     Example:
@@ -68,6 +76,7 @@ def init_command(
             raise click.BadParameter(f"'{address}' is no address with a port, as in 127.0.0.1:2762") from error
     if not is_ae_title(ae_title):
         raise click.BadParameter(f"'{ae_title}' is no AE title: 1 to 16 ASCII characters, no backslash")
+    users = _users(vault_user, gate_user)
     passphrase = _new_passphrase(key_file, passphrase_file)
     names = list(server_name) or _names(listen)
     file = Path(given or "strongroom.toml").absolute()
@@ -80,6 +89,7 @@ def init_command(
             key_file.absolute() if key_file else None,
             names,
             with_pki,
+            users,
         )
     )
     click.echo(f"made a store: {config.store_path}")
@@ -191,6 +201,22 @@ def _new_passphrase(key_file: Path | None, passphrase_file: Path | None) -> str 
     except slots.WeakPassphraseError as error:
         raise StrongroomError(str(error), hint="four or more unrelated words are good and can be remembered") from error
     return text
+
+
+def _users(vault: str | None, gate: str | None) -> tuple[str, str] | None:
+    if vault is None and gate is None:
+        return None
+    if vault is None or gate is None or vault == gate:
+        raise click.UsageError("name both --vault-user and --gate-user, and two different ones")
+    if os.geteuid() != 0:
+        raise StrongroomError("a store of two users can be made by root alone", hint="run this with sudo")
+    for name in (vault, gate):
+        try:
+            pwd.getpwnam(name)
+        except KeyError as error:
+            hint = f"'systemd-sysusers' with systemd/strongroom.sysusers makes both, or 'useradd --system {name}'"
+            raise StrongroomError(f"there is no user {name} on this machine", hint=hint) from error
+    return vault, gate
 
 
 def _names(listen: tuple[str, ...]) -> list[str]:

@@ -18,7 +18,6 @@ from storescp.gate.receive import Association, Origin, close, new_association_id
 from storescp.peers import Peers
 
 _BACKLOG = 128
-_DRAIN_IDLE_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +32,10 @@ class _Connection:
         self.association: Association | None = None
         self.deadline: float | None = None
 
-    def shut(self, how: int = socket.SHUT_RDWR) -> None:
+    def shut(self) -> None:
         """Make the connection's thread see an end of data. Not by SSLSocket.shutdown: it drops the TLS state."""
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.socket, how)
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
 
 class Policy:
@@ -62,7 +61,7 @@ class Listener:
         self._shortage = shortage
         self._lock = threading.Lock()
         self._running: set[_Connection] = set()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._sockets = [_bind(*parse_address(address)) for address in settings.listen]
 
     @property
@@ -84,15 +83,15 @@ class Listener:
 
     def stop(self) -> None:
         """Accept no more; let associations in transfer finish within the configured time; close what is left."""
-        self._stopping = True
+        self._stopping.set()
         for sock in self._sockets:
             close(sock)
         deadline = time.monotonic() + self._settings.drain_seconds
         while (left := self._snapshot()) and time.monotonic() < deadline:
             for connection in left:
-                since = connection.association.idle_since if connection.association else None
-                if since is not None and time.monotonic() - since > _DRAIN_IDLE_SECONDS:
-                    connection.shut(socket.SHUT_RD)
+                # What is no association yet will be none; those that are idle end themselves.
+                if connection.association is None:
+                    connection.shut()
             self.enforce()
             time.sleep(0.05)
         left = self._snapshot()
@@ -107,11 +106,11 @@ class Listener:
             return list(self._running)
 
     def _accept(self, listening: socket.socket) -> None:
-        while not self._stopping:
+        while not self._stopping.is_set():
             try:
                 sock, address = listening.accept()
             except OSError as error:
-                if self._stopping:
+                if self._stopping.is_set():
                     return
                 # Out of descriptors or memory: connections that end free some; the queue holds those that come.
                 log.error("a connection cannot be accepted: %s", error.strerror)
@@ -190,8 +189,11 @@ class Listener:
             len(request.primitive.presentation_context_definition_list),
         )
         connection.deadline = None
+        if self._stopping.is_set():
+            sock.sendall(wire.abort(reason=0))
+            return
         connection.association = Association(
-            sock, reader, agreement, origin, self._deposits, self._settings.idle_seconds, self._shortage
+            sock, reader, agreement, origin, self._deposits, self._settings.idle_seconds, self._shortage, self._stopping
         )
         self._converse(sock, connection.association, origin, rest)
 
@@ -244,10 +246,6 @@ class Listener:
             with contextlib.suppress(OSError):
                 connection.sendall(wire.abort(reason=0))
             raise
-        if self._stopping and "without a release" in ending:
-            ending = "aborted: the server is stopping"
-            with contextlib.suppress(OSError):
-                connection.sendall(wire.abort(reason=0))
         tally = association.tally
         log.info(
             "association %s %s: %d stored, %d refused, %d bytes",

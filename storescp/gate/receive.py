@@ -6,7 +6,10 @@ import contextlib
 import errno
 import logging
 import secrets
+import select
 import socket
+import ssl
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -30,6 +33,8 @@ HEAD_BUFFER_LIMIT = 4 << 20
 _RECEIVE_BYTES = 1 << 16
 # Free space is looked at when an object begins, and again after this much of it.
 _SPACE_STEP = 64 << 20
+# How often an idle association looks whether the server is stopping.
+_LOOK_MILLISECONDS = 500
 _SOP_CLASS, _SOP_INSTANCE = 0x00080016, 0x00080018
 _STUDY, _SERIES = 0x0020000D, 0x0020000E
 
@@ -211,8 +216,10 @@ class Association:
         deposits: Deposits,
         idle_seconds: float,
         shortage: Callable[[], str],
+        stopping: threading.Event,
     ) -> None:
         self._shortage = shortage
+        self._stopping = stopping
         self._connection = connection
         self._reader = reader
         self._agreement = agreement
@@ -243,6 +250,9 @@ class Association:
                 if ending := self._handle(event):
                     return ending
             while True:
+                if self.idle_since is not None and not self._wait():
+                    self._connection.sendall(wire.abort(reason=0))
+                    return "aborted: the server is stopping"
                 count = self._connection.recv_into(buffer)
                 if not count:
                     return "closed by the peer without a release"
@@ -252,6 +262,25 @@ class Association:
         finally:
             if self._incoming is not None:
                 self._incoming.abandon()
+
+    def _wait(self) -> bool:
+        """Wait between messages for something to read; tell whether it came, or the server is stopping instead.
+
+        Raises:
+            TimeoutError: Nothing came for ``idle_seconds``.
+        """
+        if isinstance(self._connection, ssl.SSLSocket) and self._connection.pending():
+            return True
+        # poll, because select knows no descriptor above 1023.
+        waiting = select.poll()
+        waiting.register(self._connection, select.POLLIN)
+        until = time.monotonic() + self._idle_seconds
+        while not waiting.poll(_LOOK_MILLISECONDS):
+            if self._stopping.is_set():
+                return False
+            if time.monotonic() > until:
+                raise TimeoutError
+        return True
 
     def _handle(self, event: wire.Pdu | wire.Fragment) -> str:
         if isinstance(event, wire.Fragment):

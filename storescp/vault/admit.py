@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from keys.anchors import AnchorError
-from keys.keyring import Keyring, KeyringError
+from keys.keyring import Keyring, KeyringError, UnknownVersionError
 from keys.seal import SealError
 from keys.versions import StudyKeyPlace
 from storage import attributes, pack
@@ -142,7 +142,7 @@ class Admission:
                 return self._admit(file) if file.try_lock() else self._list_open(file)
         except FileNotFoundError:
             return False
-        except (pack.PackError, SealError, AttributesError) as error:
+        except (pack.PackError, SealError, AttributesError, UnknownVersionError) as error:
             self._set_aside(path, str(error))
         except (KeyringError, AnchorError, FileExistsError, OSError) as error:
             self._say_once(path.name, f"deposit {path.name} is left where it is: {error}")
@@ -261,7 +261,9 @@ class Admission:
         self._file(pack_id, place, _moved(kept, moved))
 
     def _quarantine(self, opened: OpenedPack, judged: Judged) -> None:
-        """Put one record into a quarantined pack of its own."""
+        """Put one record into a quarantined pack of its own, unless a crash left it there."""
+        if self._archived(opened.file, judged.record.frame):
+            return
         pack_id = secrets.token_hex(16)
         target = self._archive.quarantine_path(pack_id)
         moved = self._archive.build(opened.file, [judged.record.frame], target)
@@ -346,8 +348,13 @@ class Admission:
             return
         if self._index.place_of(pack_id) != "objects":
             self._finish(pack_id)
-        if not all(self._archived(file, frame) for frame in _frames(file)):
-            raise pack.PackError(OTHER_KEY)
+        left = [frame for frame in _frames(file) if not self._archived(file, frame)]
+        if left:
+            # Copies of what was held were left out; nothing else may be.
+            judged = [j for j in self._judge(self._deposit(file), whole=True) if isinstance(j, Judged)]
+            again = {j.record.frame.offset for j in judged if j.verdict is Verdict.AGAIN}
+            if not again.issuperset(frame.offset for frame in left):
+                raise pack.PackError(OTHER_KEY)
         self._archive.remove_deposit(file.path)
 
     def _archived(self, file: PackFile, frame: pack.Frame) -> bool:

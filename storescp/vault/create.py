@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import pwd
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +21,11 @@ _SERVER_DAYS = 825
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What to make. ``key_file`` is where a new key file goes; ``passphrase`` makes a slot of its own."""
+    """What to make.
+
+    ``key_file`` is where a new key file goes; ``passphrase`` makes a slot of its own; ``users`` are the vault's and the
+    gate's, where they are two.
+    """
 
     file: Path
     listen: list[str]
@@ -29,6 +34,7 @@ class Plan(msgspec.Struct, frozen=True):
     key_file: Path | None
     server_names: list[str]
     with_pki: bool
+    users: tuple[str, str] | None = None
 
 
 def create(plan: Plan) -> Config:
@@ -80,6 +86,8 @@ def create(plan: Plan) -> Config:
     _publish(config, ring, created)
     if plan.with_pki:
         _issue_server(plan, config, ring, now)
+    if plan.users is not None:
+        _hand_over(config, plan)
     # Last: with the configuration the store is there; without it nothing uses what was made so far.
     encoding.create(plan.file, render(settings).encode(), mode=0o644)
     ring.forget()
@@ -93,6 +101,8 @@ def _settings(plan: Plan, ring: keyring.Keyring) -> Settings:
     settings.gate.ae_title = plan.ae_title
     if plan.with_pki:
         settings.gate.trust = ["tls/ca.pem"]
+    if plan.users is not None:
+        settings.gate.user = plan.users[1]
     if plan.key_file is not None:
         home = plan.file.parent
         inside = plan.key_file.is_relative_to(home)
@@ -117,3 +127,22 @@ def _publish(config: Config, ring: keyring.Keyring, created: str) -> None:
     version = ring.current()
     path = config.public / f"deposit-{version.version}.key"
     encoding.create(path, version.deposit_key().signed_file(ring.signing, created), mode=0o644)
+
+
+def _hand_over(config: Config, plan: Plan) -> None:
+    """Give vault and gate what is theirs: the gate writes ``incoming/``, and reads TLS key and peers."""
+    vault, gate = (pwd.getpwnam(name) for name in plan.users or ())
+    everything = [config.store_path, *config.store_path.rglob("*"), config.anchors, *config.anchors.rglob("*")]
+    for path in (*everything, config.public, *config.public.iterdir(), config.socket.parent):
+        os.chown(path, vault.pw_uid, vault.pw_gid)
+    # The set-group-id bit gives deposits the vault's group, which may read them and remove what it has admitted.
+    os.chown(config.incoming, gate.pw_uid, vault.pw_gid)
+    config.incoming.chmod(0o2770)
+    for folder in (plan.file.parent, config.incoming.parent, config.certificate.parent):
+        if folder.exists():
+            folder.chmod(0o755)
+    if config.private_key.exists():
+        os.chown(config.private_key, 0, gate.pw_gid)
+        config.private_key.chmod(0o640)
+    if plan.key_file is not None:
+        os.chown(plan.key_file, vault.pw_uid, vault.pw_gid)
