@@ -9,7 +9,7 @@ VAR := var
 CONFIG := $(VAR)/strongroom.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve demo test bench lock clean
+.PHONY: serve demo test crash bench lock clean
 
 # What runs needs no test tools: each list of pinned, hashed requirements has a stamp of its own.
 $(VENV)/run.stamp: .ci/requirements/run.txt pyproject.toml
@@ -43,6 +43,11 @@ test: $(VENV)/test.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest --cov --cov-report=term:skip-covered
+
+# Every point at which a process can be killed, and 200 rounds of random kills; STRONGROOM_CRASH_SEED repeats a run.
+crash: $(VENV)/test.stamp
+	@.ci/apt
+	STRONGROOM_CRASH=all STRONGROOM_CRASH_ROUNDS=200 $(BIN)/pytest tests/crash --timeout 7200
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.receive

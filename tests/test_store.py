@@ -150,3 +150,41 @@ def test_a_damaged_pack_fails_its_export_and_no_other(server: Server) -> None:
     assert done.status == 3
     assert "1 FAILED" in done.out
     assert [p.suffix for p in (server.home / "out").rglob("*") if p.is_file()] == [".dcm"]
+
+
+def test_a_zeroed_frame_hides_no_good_record_behind_it(make_server: Callable[..., Server], tmp_path: Path) -> None:
+    server = make_server()
+    server.init()
+    server.add_peer("CT1")
+    server.start("gate")
+    files = [CT, *(changed(CT, tmp_path, SOPInstanceUID=f"1.2.3.{n}") for n in range(2))]
+    assert send(server, files) == [0, 0, 0]
+    server.stop()
+    (deposit,) = server.incoming.iterdir()
+    content = bytearray(deposit.read_bytes())
+    second = content.index(b"SRR1", 4100)
+    content[second : second + 40] = bytes(40)
+    deposit.write_bytes(content)
+    assert set(exported(server).values()) == {raw_data_set(files[0]), raw_data_set(files[2])}
+    assert server.status()["counts"]["unreadable"] == 1
+
+
+def test_what_stands_between_records_is_not_carried_into_the_archive(
+    make_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = make_server()
+    server.init()
+    server.add_peer("CT1")
+    server.start("gate")
+    files = [CT, changed(CT, tmp_path, SOPInstanceUID="1.2.3.4")]
+    assert send(server, files) == [0, 0]
+    server.stop()
+    (deposit,) = server.incoming.iterdir()
+    content = bytearray(deposit.read_bytes())
+    second = content.index(b"SRR1", 4100)
+    content[second - 8 : second] = b"smuggled"
+    deposit.write_bytes(content)
+    assert set(exported(server).values()) == {raw_data_set(file) for file in files}
+    (admitted,) = [p for p in (server.store / "objects").rglob("*") if p.is_file()]
+    assert b"smuggled" not in admitted.read_bytes()
+    assert server.run("verify").status == 0

@@ -227,7 +227,7 @@ class Admission:
             log.info("pack %s: %d objects were held already", pack_id, len(again))
         if not kept:
             self._index.drop(pack_id)
-        elif len(kept) == len(findings.judged):
+        elif len(kept) == len(findings.judged) and (findings.unreadable or _gaps_are_zero(source, findings)):
             self._admit_whole(source, opened, findings)
         else:
             self._admit_part(source, opened, kept)
@@ -544,6 +544,12 @@ def open_pack(file: PackFile, keyring: Keyring, record: StudyKeyRecord | None) -
 def study_tag(keyring: Keyring, study: str) -> bytes:
     """Return the keyed hash that stands for a study outside the index."""
     return hmac.digest(keyring.body.tag_key, b"study\0" + study.encode("ascii"), "sha256")
+
+
+def _gaps_are_zero(file: PackFile, findings: Findings) -> bool:
+    """Tell whether nothing stands between the records: what no seal covers must not carry anything into the archive."""
+    ends = [judged.record.frame.end for judged in findings.judged[:-1]]
+    return not any(any(file.read(end, pack.page_after(end) - end)) for end in ends)
 
 
 def _moved(judged: list[Judged], frames: list[pack.Frame]) -> list[Judged]:
