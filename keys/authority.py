@@ -9,7 +9,7 @@ import ipaddress
 from datetime import datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -87,12 +87,16 @@ def _issue(
 ) -> bytes:
     try:
         asked = x509.load_pem_x509_csr(csr)
-        if not asked.is_signature_valid:
-            raise RequestError("the certificate request is not signed by its own key")
         public_key = asked.public_key()
-    except (ValueError, InvalidSignature) as error:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise RequestError("the certificate request is malformed") from error
-    if not isinstance(public_key, ec.EllipticCurvePublicKey):
+    try:
+        signed = asked.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm, InvalidSignature):
+        signed = False
+    if not signed:
+        raise RequestError("the certificate request is not signed by its own key")
+    if not isinstance(public_key, ec.EllipticCurvePublicKey) or not isinstance(public_key.curve, ec.SECP256R1):
         raise RequestError("the certificate request has a key of another kind than P-256")
     ca = x509.load_pem_x509_certificate(authority.certificate.encode())
     ca_key = serialization.load_der_private_key(authority.key, None)

@@ -186,9 +186,12 @@ def parse(content: bytes) -> tuple[Header, bytes, bytes]:
         if isinstance(number, int) and number > FORMAT:
             raise KeyringError(f"the store has format {number}; this release knows {FORMAT}: install a newer release")
         header = encoding.decode(raw, Header)
-        if header.store_id != store_id_of(header.signing_key).hex():
+        ids = [bytes.fromhex(text) for text in (header.store_id, *(slot.id for slot in header.slots))]
+        if ids[0] != store_id_of(header.signing_key) or header.store_id != ids[0].hex():
             raise ValueError
-    except (msgspec.MsgspecError, ValueError, KeyError):
+        if any(len(i) != 16 for i in ids) or not 0 <= header.generation < 1 << 63 or header.format < 0:
+            raise ValueError
+    except (msgspec.MsgspecError, ValueError, KeyError, RecursionError):
         raise KeyringError("the keyring's header is damaged") from None
     return header, raw, content[12 + length :]
 
@@ -219,7 +222,7 @@ def unlock(path: Path, secret: slots.Secret, anchors: Anchors, *, older: bool = 
     root_key = slots.unlock(header.slots, secret, store_id)
     try:
         body = encoding.decode(open_sealed(sealed, root_key, _bound_to(header, raw)), Body)
-    except (SealError, msgspec.MsgspecError):
+    except (SealError, msgspec.MsgspecError, RecursionError):
         raise KeyringError("the keyring's body does not open: the file was changed or is damaged") from None
     seen = anchors.generation(store_id)
     if header.generation < seen:

@@ -175,20 +175,27 @@ def unlock(slots: list[Slot], secret: Secret, store_id: bytes) -> bytearray:
     raise UnlockError
 
 
+def _slot_id(slot: Slot) -> bytes:
+    try:
+        return bytes.fromhex(slot.id)
+    except ValueError:
+        raise SealError("a slot's id is not acceptable") from None
+
+
 def _slot_context(slot: Slot, store_id: bytes) -> bytes:
     digest = Hash(SHA256())
     digest.update(encoding.canonical(slot.parameters))
-    return context("slot", store_id, bytes.fromhex(slot.id), slot.type.encode(), digest.finalize())
+    return context("slot", store_id, _slot_id(slot), slot.type.encode(), digest.finalize())
 
 
 def _slot_key(slot: Slot, secret: Secret, store_id: bytes) -> bytes:
     if isinstance(secret, KeyFile):
-        return derive(secret.secret, 32, context("derive/slot-key-file", store_id, bytes.fromhex(slot.id)))
+        return derive(secret.secret, 32, context("derive/slot-key-file", store_id, _slot_id(slot)))
     try:
         parameters = msgspec.convert(slot.parameters, _Argon2Parameters)
-    except msgspec.ValidationError:
-        raise SealError("a slot's parameters are not acceptable") from None
-    text = unicodedata.normalize("NFKC", secret.text).encode()
+        text = unicodedata.normalize("NFKC", secret.text).encode()
+    except (msgspec.ValidationError, UnicodeEncodeError):
+        raise SealError("a slot's parameters, or the passphrase, are not acceptable") from None
     return Argon2id(
         salt=parameters.salt,
         length=32,

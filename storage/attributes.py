@@ -36,7 +36,7 @@ class Element(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """One element of the DICOM JSON Model."""
 
     vr: _Short
-    Value: Annotated[list[Any], msgspec.Meta(max_length=1024)] = []
+    Value: Annotated[list[Any], msgspec.Meta(max_length=4100)] = []
 
 
 class Undecoded(msgspec.Struct, forbid_unknown_fields=True):
@@ -92,7 +92,10 @@ def encode(attributes: Attributes) -> bytes:
     Raises:
         AttributesError: They are too large.
     """
-    content = msgspec.json.encode(attributes)
+    try:
+        content = msgspec.json.encode(attributes)
+    except UnicodeEncodeError:
+        raise AttributesError("an object's attributes hold text that is none") from None
     if len(content) > ATTRIBUTES_LIMIT:
         raise AttributesError("an object's attributes are too large")
     return content
@@ -117,26 +120,28 @@ def decode(content: bytes) -> Attributes:
     _check_elements(attributes)
     _check_received(attributes.received)
     for tag in (SOP_CLASS, SOP_INSTANCE, STUDY, SERIES):
-        if not is_uid(attributes.text(tag)):
+        element = attributes.dataset.get(tag)
+        values = element.Value if element is not None else []
+        if len(values) != 1 or not isinstance(values[0], str) or not is_uid(values[0]):
             raise AttributesError("an object lacks a UID, or one is malformed")
     return attributes
 
 
 def _check_elements(attributes: Attributes) -> None:
     if not all(_TAG.fullmatch(tag) for tag in (*attributes.dataset, *attributes.undecoded)):
-        raise AttributesError("an object's attributes hold a malformed tag")
+        raise AttributesError("an object's attributes hold a malformed tag or VR")
     for element in attributes.dataset.values():
         if not _VR.fullmatch(element.vr):
-            raise AttributesError("an object's attributes hold a malformed VR")
+            raise AttributesError("an object's attributes hold a malformed tag or VR")
         for value in element.Value:
             _check(value)
 
 
 def _check_received(received: Received) -> None:
+    for text in msgspec.structs.astuple(received):
+        _check(text)
     if not (_HEX.fullmatch(received.association + received.certificate) and len(received.certificate) in {0, 64}):
         raise AttributesError("an object's provenance is malformed")
-    for text in (received.at, received.calling, received.called, received.address):
-        _check(text)
 
 
 def _check(value: Any) -> None:

@@ -125,6 +125,8 @@ def frame_at(read: Read, offset: int, size: int) -> Frame | None:
             raise PackError("a frame is cut short")
         return None
     raw = read(offset, FRAME_BYTES)
+    if len(raw) != FRAME_BYTES:
+        raise PackError("a pack became shorter while it was read")
     magic, attributes_length, dataset_length, object_id, zeros = _FRAME.unpack(raw)
     if not any(raw):
         return None

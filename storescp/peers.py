@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 
 from storage.attributes import is_uid
@@ -86,7 +87,7 @@ def parse(content: str, file: Path) -> Peer:
     """
     try:
         document = tomllib.loads(content)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PeerError(f"{file}: {error}") from error
     parsed, errors = convert(document, PeerFile)
     if parsed is None:
@@ -100,7 +101,7 @@ def parse(content: str, file: Path) -> Peer:
         raise PeerError(f"{file}: certificates: a peer needs one")
     try:
         prints = frozenset(fingerprint(pem) for pem in parsed.certificates)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
         raise PeerError(f"{file}: certificates: {error}") from error
     return Peer(
         parsed.ae_title.strip(" "),

@@ -1,24 +1,34 @@
 """From the raw elements of a data set's head to attributes: DICOM JSON Model, text decoded by its character set.
 
 Text whose bytes its character set does not explain is kept as it came, and flagged; nothing is guessed.
+Source: PS3.5 6.1 and 6.2, PS3.18 F.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pydicom.charset
 import pydicom.config
-from pydicom.valuerep import PN_DELIMS, TEXT_VR_DELIMS
 
 from storage.attributes import Attributes, Element, Received, Undecoded
 from storescp.gate.transfer import Encoding
 
 CHARACTER_SET = 0x00080005
-_TEXT = frozenset({"LO", "SH", "PN", "UC", "LT", "ST", "UT"})
+_NAMES_LIMIT = 16
+_TEXT = frozenset({"LO", "SH", "PN", "UC"})
 _CONTROL = dict.fromkeys([*range(32), 127])
-_NO_CHARACTER_SET = frozenset({"", "ISO_IR 6", "ISO 2022 IR 6"})
 _GROUPS = ("Alphabetic", "Ideographic", "Phonetic")
+_ESC = 0x1B
+# Whatever stands first alone: these allow no others beside them, and the bytes of their characters may be delimiters.
+_ALONE = frozenset({"ISO_IR 192", "GB18030", "GBK"})
+_TWO_BYTES = frozenset({"GB18030", "GBK"})
+_DEFAULT = frozenset({"", "ISO_IR 6", "ISO 2022 IR 6"})
+_SPELLINGS = re.compile(r"ISO([ _-]2022)?[ _-]IR[ _-]([0-9]+)", re.ASCII)
+# Escape sequences that select a set for the upper half and that Python's codec for it does not expect.
+_LEFT_OVER = re.compile("\x1b\\$\\)[AC]")
 
 # pydicom would replace what does not decode; here that must be an error, so that the bytes are kept. Set once, here.
 pydicom.config.settings.reading_validation_mode = pydicom.config.RAISE
@@ -28,15 +38,17 @@ def describe(
     values: dict[int, tuple[str, bytes]], encoding: Encoding, transfer_syntax: str, received: Received
 ) -> Attributes:
     """Return the attributes of an object from the raw elements of its head."""
-    names = _split(_ascii(values.get(CHARACTER_SET, ("CS", b""))[1]))
+    raw_names = values.get(CHARACTER_SET, ("CS", b""))[1]
+    names = [_spelt(part.strip("\0 ")) for part in raw_names.decode("ascii", "replace").split("\\")]
+    told = [name[:64] for name in names[:_NAMES_LIMIT]]
     dataset: dict[str, Element] = {}
     undecoded: dict[str, Undecoded] = {}
     for tag, (vr, raw) in values.items():
         key = f"{tag:08X}"
         try:
-            dataset[key] = Element(vr, _value(vr, raw, names, encoding))
+            dataset[key] = Element(vr, _values(vr, raw, names, encoding))
         except (UnicodeError, LookupError, ValueError):
-            undecoded[key] = Undecoded(names[:16], raw)
+            undecoded[key] = Undecoded(told, raw)
     return Attributes(1, transfer_syntax, dataset, undecoded, received)
 
 
@@ -45,46 +57,97 @@ def uid(values: dict[int, tuple[str, bytes]], tag: int) -> str:
     return values.get(tag, ("UI", b""))[1].rstrip(b"\0 ").decode("ascii", "replace")
 
 
-def _value(vr: str, raw: bytes, names: list[str], encoding: Encoding) -> list[Any]:
+def split(raw: bytes, delimiter: int) -> Iterator[bytes]:
+    """Split text of ISO 2022 at a delimiter; within characters of two 7-bit bytes no byte is one."""
+    start = position = 0
+    double = False
+    while position < len(raw):
+        if raw[position] == _ESC:
+            sequence = raw[position + 1 : position + 4]
+            double = sequence[:2] in {b"$B", b"$@"} or sequence == b"$(D" if sequence[:1] != b")" else double
+            position += 4 if sequence[:2] in {b"$(", b"$)"} else 3
+        elif double:
+            position += 2
+        else:
+            if raw[position] == delimiter:
+                yield raw[start:position]
+                start = position + 1
+            position += 1
+    yield raw[start:]
+
+
+def _values(vr: str, raw: bytes, names: list[str], encoding: Encoding) -> list[Any]:
     if vr == "US":
-        order = "little" if encoding.little_endian else "big"
+        order = struct_order(encoding)
         if len(raw) % 2:
             raise ValueError("odd length")
-        return [int.from_bytes(raw[i : i + 2], order) for i in range(0, len(raw), 2)]  # type: ignore[arg-type]
-    if vr not in _TEXT:
-        return [_tidy(text) or None for text in _split(_ascii(raw, strict=True))] if raw.strip(b"\0 ") else []
-    raw = raw.rstrip(b"\0 ")
-    if not raw:
+        return [int.from_bytes(raw[i : i + 2], order) for i in range(0, len(raw), 2)]
+    if not raw.strip(b"\0 "):
         return []
-    encodings = pydicom.charset.convert_encodings(names)
-    if names[0] in _NO_CHARACTER_SET and pydicom.charset.ESC not in raw:
-        # The default repertoire is 7 bit; pydicom would take 8-bit bytes for Latin-1, which is a guess.
-        raw.decode("ascii")
-    if vr in {"LT", "ST", "UT"}:
-        return [_tidy(pydicom.charset.decode_bytes(raw, encodings, TEXT_VR_DELIMS))]
-    if vr != "PN":
-        text = pydicom.charset.decode_bytes(raw, encodings, TEXT_VR_DELIMS)
-        return [_tidy(part) or None for part in text.split("\\")]
-    text = pydicom.charset.decode_bytes(raw, encodings, PN_DELIMS)
-    return [_name(part) for part in text.split("\\")]
+    if vr not in _TEXT:
+        return [_tidy(part) or None for part in raw.decode("ascii").strip("\0 ").split("\\")]
+    decode = _decoder(names)
+    raw = raw.rstrip(b"\0 ")
+    if names[0] in _TWO_BYTES:
+        # A backslash or equals sign may be the second byte of a character: only text can be split.
+        parts = [part.split("=") if vr == "PN" else [part] for part in decode(raw).split("\\")]
+    else:
+        # Each part begins in the initial state again (PS3.5 6.1.2.5.3), so it is split first and decoded then.
+        raws = [split(part, ord("=")) if vr == "PN" else [part] for part in split(raw, ord("\\"))]
+        parts = [[decode(piece) for piece in pieces] for pieces in raws]
+    return [_name(part) if vr == "PN" else _tidy(part[0]) or None for part in parts]
 
 
-def _name(text: str) -> dict[str, str] | None:
+def struct_order(encoding: Encoding) -> Any:
+    """Return the byte order of numbers as ``int.from_bytes`` takes it."""
+    return "little" if encoding.little_endian else "big"
+
+
+def _decoder(names: list[str]) -> Callable[[bytes], str]:
+    """Return what decodes one part of a text.
+
+    Raises:
+        LookupError: A character set is none of DICOM's.
+    """
+    used = names[:1] if names[0] in _ALONE else [name for name in names if name not in _ALONE]
+    encodings = [pydicom.charset.python_encoding[name] for name in used if name in _KNOWN]
+    if len(encodings) != len(used):
+        raise LookupError("an unknown character set")
+    # '^' is a delimiter too, after which the initial state holds again.
+    delimiters = {ord("^"), ord("\n"), ord("\r"), ord("\t"), ord("\f")}
+
+    def decode(raw: bytes) -> str:
+        if used[0] in _DEFAULT and _ESC not in raw:
+            # The default repertoire is 7 bit; pydicom would take 8-bit bytes for Latin-1, which is a guess.
+            return raw.decode("ascii")
+        text = _LEFT_OVER.sub("", pydicom.charset.decode_bytes(raw, encodings, delimiters))
+        # Codecs of UTF-16 heritage let lone surrogates pass, which are no text.
+        text.encode("utf-8")
+        return text
+
+    return decode
+
+
+def _spelt(name: str) -> str:
+    """Return a character set's defined term for a spelling of it that devices are known to use."""
+    found = _SPELLINGS.fullmatch(name)
+    if found is None:
+        return name
+    return f"ISO 2022 IR {found[2]}" if found[1] else f"ISO_IR {found[2]}"
+
+
+def _name(parts: list[str]) -> dict[str, str] | None:
     groups = {
         group: tidy.rstrip("^")
-        for group, part in zip(_GROUPS, text.split("="), strict=False)
+        for group, part in zip(_GROUPS, parts, strict=False)
         if (tidy := _tidy(part)).rstrip("^")
     }
     return groups or None
 
 
-def _ascii(raw: bytes, *, strict: bool = False) -> str:
-    return raw.decode("ascii", "strict" if strict else "replace")
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip("\0 ") for part in text.split("\\")]
-
-
 def _tidy(text: str) -> str:
     return text.translate(_CONTROL).strip(" ")
+
+
+# Only DICOM's defined terms: pydicom's table is looked up by them, never by a Python codec's name from outside.
+_KNOWN = frozenset(pydicom.charset.python_encoding)

@@ -39,6 +39,9 @@ _SHORT_VRS = frozenset(
     {b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FL", b"FD", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL",
      b"SS", b"ST", b"TM", b"UI", b"UL", b"US"}
 )  # fmt: skip
+_Order = tuple[struct.Struct, struct.Struct, struct.Struct]
+_LITTLE: _Order = (struct.Struct("<HH"), struct.Struct("<H"), struct.Struct("<I"))
+_BIG: _Order = (struct.Struct(">HH"), struct.Struct(">H"), struct.Struct(">I"))
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
 
@@ -53,16 +56,14 @@ class HeadParser:
         self.values: dict[int, tuple[str, bytes]] = {}
         self.done = False
         self._implicit = encoding.implicit
-        order = "<" if encoding.little_endian else ">"
-        self._tag = struct.Struct(order + "HH")
-        self._short = struct.Struct(order + "H")
-        self._long = struct.Struct(order + "I")
+        self._order = _LITTLE if encoding.little_endian else _BIG
         self._inflate = zlib.decompressobj(-15) if encoding.deflated else None
+        self._seen: set[int] = set()
         self._part = bytearray()
         self._skip = 0
         self._count = 0
-        # Open sequences and items of undefined length: (kind, implicit within). Kind is "sequence" or "item".
-        self._open: list[tuple[str, bool]] = []
+        # Open sequences and items of undefined length: kind ("sequence" or "item"), implicit within, order within.
+        self._open: list[tuple[str, bool, _Order]] = []
 
     def feed(self, data: memoryview) -> None:
         """Take the next bytes of the data set.
@@ -77,7 +78,7 @@ class HeadParser:
             return
         try:
             pending: bytes | memoryview = data
-            while not self.done:
+            while not self.done and not self._inflate.eof:
                 self._take(memoryview(self._inflate.decompress(pending, _INFLATE_STEP)))
                 pending = self._inflate.unconsumed_tail
                 if not pending:
@@ -120,7 +121,8 @@ class HeadParser:
         part = self._part
         if len(part) - position < 8:
             return None
-        group, number = self._tag.unpack_from(part, position)
+        order = self._open[-1][2] if self._open else self._order
+        group, number = order[0].unpack_from(part, position)
         tag = group << 16 | number
         if self._open:
             return self._nested(tag, position)
@@ -129,7 +131,7 @@ class HeadParser:
             return position
         if group < 0x0008:
             raise HeadError("a data set begins with an element of a file's or command's group")
-        header = self._lengths(position, self._implicit)
+        header = self._lengths(position, self._implicit, order)
         if header is None:
             return None
         vr, start, length = header
@@ -137,19 +139,21 @@ class HeadParser:
         if length == _UNDEFINED:
             self._open_sequence(vr)
             return start
-        if tag in WANTED and length <= VALUE_LIMIT:
-            if len(part) < start + length:
-                return None
-            if tag in self.values:
+        if tag in WANTED:
+            if tag in self._seen:
                 raise HeadError("a data set holds an element twice")
-            known = vr.decode() if vr in _SHORT_VRS else WANTED[tag]
-            self.values[tag] = (known, bytes(part[start : start + length]))
+            if length <= VALUE_LIMIT and len(part) < start + length:
+                return None
+            self._seen.add(tag)
+        if tag in WANTED and length <= VALUE_LIMIT:
+            # The VR of the dictionary, whatever the data set says: a UID must be a UID for everybody who reads on.
+            self.values[tag] = (WANTED[tag], bytes(part[start : start + length]))
         return start + length
 
     def _nested(self, tag: int, position: int) -> int | None:
-        kind, implicit = self._open[-1]
+        kind, implicit, order = self._open[-1]
         if kind == "sequence":
-            length = self._long.unpack_from(self._part, position + 4)[0]
+            length = order[2].unpack_from(self._part, position + 4)[0]
             if tag == _SEQUENCE_END:
                 self._open.pop()
                 return position + 8
@@ -157,13 +161,13 @@ class HeadParser:
                 raise HeadError("a sequence holds something else than items")
             self._counted()
             if length == _UNDEFINED:
-                self._push("item", implicit)
+                self._push("item", implicit, order)
                 return position + 8
             return position + 8 + int(length)
         if tag == _ITEM_END:
             self._open.pop()
             return position + 8
-        header = self._lengths(position, implicit)
+        header = self._lengths(position, implicit, order)
         if header is None:
             return None
         vr, start, length = header
@@ -174,31 +178,31 @@ class HeadParser:
         return start + length
 
     def _open_sequence(self, vr: bytes) -> None:
-        within = self._open[-1][1] if self._open else self._implicit
-        # PS3.5 6.2.2 note 5: UN of undefined length holds implicit VR little endian.
-        self._push("sequence", within or vr == b"UN")
+        _, within, order = self._open[-1] if self._open else ("", self._implicit, self._order)
+        # PS3.5 6.2.2 note 5: UN of undefined length holds implicit VR little endian, whatever is around it.
+        self._push("sequence", within or vr == b"UN", _LITTLE if vr == b"UN" else order)
 
-    def _push(self, kind: str, implicit: bool) -> None:
+    def _push(self, kind: str, implicit: bool, order: _Order) -> None:
         if len(self._open) >= 2 * DEPTH_LIMIT:
             raise HeadError("a data set nests too deep")
-        self._open.append((kind, implicit))
+        self._open.append((kind, implicit, order))
 
     def _counted(self) -> None:
         self._count += 1
         if self._count > ELEMENT_LIMIT:
             raise HeadError("a data set has too many elements before its end is known")
 
-    def _lengths(self, position: int, implicit: bool) -> tuple[bytes, int, int] | None:
+    def _lengths(self, position: int, implicit: bool, order: _Order) -> tuple[bytes, int, int] | None:
         """Return VR, start and length of a value, or None if more bytes are needed."""
         part = self._part
         if implicit:
-            return b"", position + 8, int(self._long.unpack_from(part, position + 4)[0])
+            return b"", position + 8, int(order[2].unpack_from(part, position + 4)[0])
         vr = bytes(part[position + 4 : position + 6])
         if vr in _SHORT_VRS:
-            return vr, position + 8, int(self._short.unpack_from(part, position + 6)[0])
+            return vr, position + 8, int(order[1].unpack_from(part, position + 6)[0])
         # A VR of a later edition is encoded like the long ones (PS3.5 6.2).
         if vr not in _LONG_VRS and not (vr.isalpha() and vr.isupper()):
             raise HeadError("an element has no VR where one must be")
         if len(part) - position < 12:
             return None
-        return vr, position + 12, int(self._long.unpack_from(part, position + 8)[0])
+        return vr, position + 12, int(order[2].unpack_from(part, position + 8)[0])

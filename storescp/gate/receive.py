@@ -166,7 +166,10 @@ class Incoming:
             origin.certificate,
         )
         described = describe(self._head.values, self._encoding, self._context.transfer_syntax, received)
-        self._record.finish(attributes.encode(described))
+        content = attributes.encode(described)
+        # What the vault would not understand must not be acknowledged.
+        attributes.decode(content)
+        self._record.finish(content)
         self._deposits.release(self._pack)
         self._record = self._pack = None
 

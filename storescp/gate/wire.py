@@ -171,7 +171,12 @@ def data_pdus(context_id: int, *, command: bool, content: bytes, maximum: int) -
         command: A command set, not a data set.
         content: Its bytes.
         maximum: The receiver's maximum PDU length; 0 means it has none.
+
+    Raises:
+        WireError: The receiver has no room for a single byte.
     """
+    if 0 < maximum <= 6:
+        raise WireError("the peer's maximum PDU length leaves no room for a byte")
     size = min(maximum or 1 << 17, 1 << 17) - 6
     pieces = [content[i : i + size] for i in range(0, len(content), size)] or [b""]
     result = []

@@ -1,0 +1,478 @@
+"""The keyring: opens whole with its secret and its anchors, or says in one of three errors why not."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from keys import encoding, keyring, slots
+from keys.anchors import AnchorError, FileAnchors
+from keys.keyring import MAGIC, Authority, Keyring, KeyringError
+from keys.seal import context, open_sealed, seal, u32
+from keys.slots import KeyFile, Passphrase, UnlockError
+
+QUICK = settings(deadline=None, derandomize=True, max_examples=200)
+WORDS, FILE = Passphrase("tulip-anvil-marble-quench"), KeyFile(bytes(range(32)))
+DOCUMENTED = (KeyringError, UnlockError, AnchorError)
+LOCKED = "this does not unlock the store"
+HEADER = "the keyring's header is damaged"
+BODY = "the keyring's body does not open: the file was changed or is damaged"
+NOT_ONE = "the keyring file is damaged or not a keyring"
+CUT = "the keyring file is damaged or cut short"
+
+
+class Store:
+    """A keyring and its anchors in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "keyring"
+        self.anchors = FileAnchors(folder / "anchors")
+
+    @classmethod
+    def new(cls, folder: Path) -> Store:
+        made = cls(folder)
+        made.anchors.prepare()
+        made.keyring = keyring.new_keyring([(WORDS, "words"), (FILE, "file")], made.anchors, "2026-01-31T10:00:00Z")
+        made.keyring.write(made.file)
+        return made
+
+    keyring: Keyring
+
+    def unlock(self, secret: slots.Secret = FILE) -> Keyring:
+        return keyring.unlock(self.file, secret, self.anchors)
+
+    def refused(self, secret: slots.Secret = FILE) -> Exception:
+        """Return the error of an unlock that must fail; it changes nothing."""
+        before = (self.folder / "anchors" / "generation").read_bytes()
+        try:
+            self.unlock(secret)
+        except DOCUMENTED as error:
+            assert (self.folder / "anchors" / "generation").read_bytes() == before
+            return error
+        raise AssertionError("the keyring opened")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_argon2() -> Iterator[None]:
+    """Spend 64 KiB on a passphrase instead of 256 MiB."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "ARGON2_MEMORY_KIB", 64)
+        patch.setattr(slots, "ARGON2_ITERATIONS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, quick_argon2: None) -> Store:
+    return Store.new(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def store(original: Store, tmp_path: Path) -> Store:
+    """A copy of the store, to be changed."""
+    shutil.copytree(original.folder, tmp_path / "copy")
+    return Store(tmp_path / "copy")
+
+
+def secrets_of(opened: Keyring) -> list[object]:
+    """Return what an unlocked keyring is for."""
+    version = opened.current()
+    return [opened.body, opened.header, version.index_key(), version.ledger_key(), opened.signing.private_bytes_raw()]
+
+
+# --- opening
+
+
+@pytest.mark.parametrize(
+    "secret", [WORDS, FILE, Passphrase("ｔｕｌｉｐ-anvil-marble-quench")], ids=["words", "file", "NFKC"]
+)
+def test_a_keyring_opens_with_each_of_its_secrets_to_the_same(original: Store, secret: slots.Secret) -> None:
+    opened = original.unlock(secret)
+    assert secrets_of(opened) == secrets_of(original.keyring)
+    assert (opened.header.generation, opened.header.format) == (1, 1)
+    assert [slot.label for slot in opened.header.slots] == ["words", "file"]
+
+
+@pytest.mark.parametrize(
+    "secret", [Passphrase(""), Passphrase("Tulip-anvil-marble-quench"), KeyFile(bytes(32))], ids=str
+)
+def test_a_wrong_secret_gets_one_message_whatever_was_wrong(store: Store, secret: slots.Secret) -> None:
+    error = store.refused(secret)
+    assert (type(error), str(error)) == (UnlockError, LOCKED)
+
+
+def test_the_clear_header_is_read_without_a_secret_and_holds_none(original: Store) -> None:
+    header = keyring.read_header(original.file)
+    assert header == original.keyring.header
+    content = original.file.read_bytes()
+    body = original.keyring.body
+    root = original.keyring.current()._root
+    for secret in (body.audit_key, body.tag_key, body.signing_seed, bytes(root), FILE.secret):
+        assert secret not in content
+        assert base64.b64encode(secret) not in content
+    assert original.file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_keyring_is_the_bytes_of_the_page_that_describes_it(original: Store) -> None:
+    content = original.file.read_bytes()
+    assert content[:8] == bytes.fromhex("8953524B0D0A1A0A")
+    length = int.from_bytes(content[8:12], "big")
+    header = json.loads(content[12 : 12 + length])
+    assert (
+        content[12 : 12 + length]
+        == json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    )
+    assert set(header) == {"created", "format", "generation", "signing_key", "slots", "store_id"}
+
+
+def test_what_is_added_is_there_after_the_next_unlock(store: Store) -> None:
+    opened = store.unlock()
+    first = opened.current()
+    second = opened.add_version("later")
+    opened.body.authority = Authority("pem", b"der")
+    opened.write(store.file)
+    again = store.unlock(WORDS)
+    assert again.header.generation == 2
+    assert again.body.authority == Authority("pem", b"der")
+    assert [(r.version, r.state, r.created) for r in again.body.versions] == [
+        (1, "old", "2026-01-31T10:00:00Z"),
+        (2, "current", "later"),
+    ]
+    assert again.current().version == 2
+    assert again.current().index_key() == second.index_key() != first.index_key()
+    assert again.version(1).index_key() == first.index_key()
+    assert not list(store.folder.glob("*.new"))
+
+
+def test_a_version_that_is_not_there_is_an_error(original: Store) -> None:
+    with pytest.raises(KeyringError, match="the keyring has no key version 2"):
+        original.unlock().version(2)
+
+
+def test_what_was_opened_is_zeroed_when_it_is_forgotten(store: Store) -> None:
+    opened = store.unlock()
+    version = opened.current()
+    opened.forget()
+    assert not any(opened._root_key)
+    assert not any(version._root)
+    assert not any(version._storage_key)
+
+
+# --- changed files
+
+
+def test_a_keyring_cut_anywhere_does_not_open(store: Store) -> None:
+    content = store.file.read_bytes()
+    start = 12 + int.from_bytes(content[8:12], "big")
+    lengths = {*range(14), start - 1, start, start + 1, start + 55, start + 56, start + 72, len(content) - 1}
+    for length in sorted(lengths | set(random.Random(1).sample(range(len(content)), 100))):
+        store.file.write_bytes(content[:length])
+        error = store.refused()
+        assert isinstance(error, KeyringError), length
+        assert length < start or str(error) == BODY
+    store.file.write_bytes(content + b"\0")
+    assert str(store.refused()) == BODY
+
+
+@pytest.mark.parametrize("secret", [FILE, WORDS], ids=["file", "words"])
+def test_a_keyring_with_any_byte_changed_does_not_open(store: Store, secret: slots.Secret) -> None:
+    content = store.file.read_bytes()
+    chance = random.Random(2)
+    offsets = {*range(64), *chance.sample(range(len(content)), 300)}
+    for offset in sorted(offsets):
+        changed = bytearray(content)
+        changed[offset] ^= chance.randrange(1, 256)
+        store.file.write_bytes(changed)
+        assert isinstance(store.refused(secret), (KeyringError, UnlockError))
+    store.file.write_bytes(content)
+    store.unlock(secret)
+
+
+def with_header(content: bytes, raw: bytes) -> bytes:
+    length = int.from_bytes(content[8:12], "big")
+    return MAGIC + u32(len(raw)) + raw + content[12 + length :]
+
+
+REMOVED = object()
+
+
+def changed_header(content: bytes, change: dict[str, Any]) -> bytes:
+    """Return a keyring whose header has some keys (``slots.0.id``) changed."""
+    header: Any = json.loads(content[12 : 12 + int.from_bytes(content[8:12], "big")])
+    for path, value in change.items():
+        *folders, last = path.split(".")
+        place = header
+        for name in folders:
+            place = place[int(name)] if isinstance(place, list) else place[name]
+        if value is REMOVED:
+            del place[last]
+        else:
+            place[last] = value
+    return with_header(content, encoding.canonical(header))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"created": "earlier"}, BODY),
+        ({"generation": 0}, BODY),
+        ({"generation": 2}, BODY),
+        ({"generation": -1}, HEADER),
+        ({"generation": 2**64}, HEADER),
+        ({"generation": 2**70}, HEADER),
+        ({"generation": "1"}, HEADER),
+        ({"generation": 1.5}, HEADER),
+        ({"slots.0.label": "other"}, BODY),
+        ({"slots.1.created": "other"}, BODY),
+        ({"slots.0.id": "00" * 16}, BODY),
+        ({"slots.0.id": "not hex"}, f"{BODY}|{HEADER}"),
+        ({"slots.1.id": "00" * 16}, LOCKED),
+        ({"slots.1.id": "not hex"}, f"{LOCKED}|{HEADER}"),
+        ({"slots.1.id": ""}, HEADER),
+        ({"slots.1.type": "passphrase"}, LOCKED),
+        ({"slots.1.type": "unknown"}, LOCKED),
+        ({"slots.1.parameters": {"a": [{}]}}, LOCKED),
+        ({"slots.1.sealed": ""}, LOCKED),
+        ({"slots.1.sealed": "A" * 136}, LOCKED),
+        ({"slots.1.sealed": "!"}, HEADER),
+        ({"slots.1.unknown": 1}, HEADER),
+        ({"slots.1.type": REMOVED}, HEADER),
+        ({"slots": []}, LOCKED),
+        ({"slots": {}}, HEADER),
+        ({"store_id": "00" * 16}, HEADER),
+        ({"store_id": ""}, HEADER),
+        ({"signing_key": base64.b64encode(bytes(32)).decode()}, HEADER),
+        ({"signing_key": ""}, HEADER),
+        ({"unknown": 1}, HEADER),
+        ({"created": REMOVED}, HEADER),
+        ({"format": REMOVED}, HEADER),
+        ({"format": "2"}, HEADER),
+        ({"format": None}, HEADER),
+        ({"format": 0}, f"{BODY}|the store has format 0, this release needs 1"),
+        ({"format": -1}, HEADER),
+        ({"format": True}, HEADER),
+        ({"format": 2}, "the store has format 2; this release knows 1: install a newer release"),
+        (
+            {"format": 99, "slots": "of another kind", "new": {}},
+            "the store has format 99; this release knows 1: install",
+        ),
+    ],
+    ids=str,
+)
+def test_a_header_that_somebody_changed_opens_nothing(store: Store, change: dict[str, Any], message: str) -> None:
+    store.file.write_bytes(changed_header(store.file.read_bytes(), change))
+    assert re.match(message, str(store.refused()))
+    if message == HEADER or message.startswith("the store has"):
+        with pytest.raises(KeyringError):
+            keyring.read_header(store.file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", NOT_ONE),
+        (MAGIC, NOT_ONE),
+        (MAGIC + b"\0\0\0", NOT_ONE),
+        (MAGIC[::-1] + u32(2) + b"{}", NOT_ONE),
+        (b"\x89SRM\r\n\x1a\n" + u32(2) + b"{}", NOT_ONE),
+        (MAGIC.replace(b"\r\n", b"\n") + u32(2) + b"{}   ", NOT_ONE),
+        (MAGIC + u32(3) + b"{}", CUT),
+        (MAGIC + u32(2**32 - 1) + b"{}", CUT),
+        (MAGIC + u32(65_537) + b"{" * 65_537, CUT),
+        (MAGIC + u32(2) + b"{}" + bytes((1 << 20) + 1), CUT),
+        (MAGIC + u32(0), HEADER),
+        *((MAGIC + u32(len(raw)) + raw, HEADER) for raw in (
+            b"{}", b"[]", b"null", b"1", b'"a"', b"{", b"\xff\xff", b"[" * 60_000, b'{"format":' * 6000,
+            b'{"format":1,"a":' + b"[" * 30_000 + b"]" * 30_000 + b"}", b'{"format":NaN}',
+            b'{"format":' + b"9" * 5000 + b"}",
+        )),
+    ],
+    ids=lambda value: value if isinstance(value, str) else repr(value[:30]),
+)  # fmt: skip
+def test_what_is_no_keyring_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(KeyringError, match=f"^{message}"):
+        keyring.parse(content)
+    (tmp_path / "keyring").write_bytes(content)
+    with pytest.raises(KeyringError, match=f"^{message}"):
+        keyring.read_header(tmp_path / "keyring")
+
+
+@QUICK
+@given(st.one_of(st.binary(max_size=60), st.binary(max_size=60).map(lambda b: MAGIC + u32(len(b)) + b)))
+@example(MAGIC + u32(12) + b'{"format":1}')
+def test_any_bytes_are_a_keyring_or_a_keyring_error(content: bytes) -> None:
+    with pytest.raises(KeyringError):
+        keyring.parse(content)
+
+
+@pytest.mark.parametrize("name", ["missing", ".", "missing/deeper"])
+def test_a_keyring_that_cannot_be_read_is_an_error_that_names_it(store: Store, name: str) -> None:
+    store.file = store.folder / name
+    error = store.refused()
+    assert isinstance(error, KeyringError)
+    assert f"the keyring {store.file} cannot be read: " in str(error)
+
+
+def test_a_body_of_another_store_does_not_open_even_under_the_same_root(store: Store) -> None:
+    opened = store.unlock()
+    content = store.file.read_bytes()
+    length = int.from_bytes(content[8:12], "big")
+    body = seal(encoding.canonical(opened.body), opened._root_key, context("keyring", bytes(16)))
+    store.file.write_bytes(content[: 12 + length] + body)
+    assert str(store.refused()) == BODY
+
+
+def test_a_body_of_another_shape_is_an_error_though_it_is_authentic(store: Store) -> None:
+    opened = store.unlock()
+    header = encoding.canonical(opened.header)
+    for body in (b"{}", b"\xff", b"null", encoding.canonical(msgspec.to_builtins(opened.body) | {"unknown": 1})):
+        sealed = seal(body, opened._root_key, keyring._bound_to(opened.header, header))
+        store.file.write_bytes(MAGIC + u32(len(header)) + header + sealed)
+        assert str(store.refused()) == BODY
+
+
+# --- generations and anchors
+
+
+def test_an_old_copy_of_the_keyring_is_refused(store: Store) -> None:
+    old = store.file.read_bytes()
+    opened = store.unlock()
+    opened.write(store.file)
+    new = store.file.read_bytes()
+    store.file.write_bytes(old)
+    error = store.refused()
+    assert isinstance(error, KeyringError)
+    assert str(error) == "the keyring is generation 1, but generation 2 was in use: an old copy was put back"
+    store.file.write_bytes(new)
+    assert store.unlock().header.generation == 2
+
+
+def test_a_keyring_newer_than_the_record_opens_and_is_recorded(store: Store) -> None:
+    record = store.folder / "anchors" / "generation"
+    old = record.read_bytes()
+    opened = store.unlock()
+    opened.write(store.file)
+    newer = record.read_bytes()
+    record.write_bytes(old)
+    store.unlock()
+    assert record.read_bytes() == newer == f"{opened.header.store_id} 2\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "missing or damaged"),
+        (b"", "missing or damaged"),
+        (b"1", "missing or damaged"),
+        (b"@ x", "missing or damaged"),
+        (b"@ 1 1", "missing or damaged"),
+        (b"\xff\xfe", "missing or damaged"),
+        (b"00" * 16 + b" 1\n", "the anchors folder belongs to another store"),
+    ],
+)
+def test_without_a_sound_record_of_generations_nothing_opens(store: Store, content: bytes | None, message: str) -> None:
+    record = store.folder / "anchors" / "generation"
+    record.unlink()
+    if content is not None:
+        record.write_bytes(content.replace(b"@", keyring.read_header(store.file).store_id.encode()))
+    with pytest.raises(AnchorError, match=message):
+        store.unlock()
+
+
+def test_with_the_anchors_of_another_store_nothing_opens(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = Store.new(tmp_path / "other")
+    with pytest.raises(AnchorError, match="the anchors folder belongs to another store"):
+        keyring.unlock(store.file, FILE, other.anchors)
+    # Its record made to fit, its anchor still is not the one.
+    other.anchors.set_generation(bytes.fromhex(keyring.read_header(store.file).store_id), 1)
+    opened = keyring.unlock(store.file, FILE, other.anchors)
+    with pytest.raises(KeyringError, match="the root of key version 1 does not open under its anchor"):
+        opened.current()
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, AnchorError, "the anchor of version 1 cannot be read"),
+        (b"", AnchorError, "the anchor of version 1 is damaged"),
+        (bytes(31), AnchorError, "the anchor of version 1 is damaged"),
+        (bytes(33), AnchorError, "the anchor of version 1 is damaged"),
+        (bytes(32), KeyringError, "the root of key version 1 does not open under its anchor"),
+    ],
+)
+def test_without_its_anchor_a_version_does_not_open(
+    store: Store, content: bytes | None, error: type[Exception], message: str
+) -> None:
+    anchor = store.folder / "anchors" / "anchor-1"
+    anchor.unlink()
+    if content is not None:
+        anchor.write_bytes(content)
+    opened = store.unlock()
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            opened.version(1)
+
+
+def test_the_anchor_of_one_version_does_not_open_another(store: Store) -> None:
+    opened = store.unlock()
+    opened.add_version("later")
+    opened.write(store.file)
+    folder = store.folder / "anchors"
+    first, second = (folder / f"anchor-{n}" for n in (1, 2))
+    one, two = first.read_bytes(), second.read_bytes()
+    assert one != two
+    first.write_bytes(two)
+    second.write_bytes(one)
+    again = store.unlock()
+    for version in (1, 2):
+        with pytest.raises(KeyringError, match=f"the root of key version {version} does not open"):
+            again.version(version)
+    # The same anchor is another key in another version or store, and is asked for by its own name alone.
+    keys = {store.anchors.key("anchor-1", store_id, 1) for store_id in (bytes(16), again.store_id)}
+    second.write_bytes(first.read_bytes())
+    assert len(keys | {store.anchors.key("anchor-2", again.store_id, 2)}) == 3
+    for name in ("anchor-2", "../anchor-1", "anchor-1/", ""):
+        with pytest.raises(AnchorError, match="an anchor of another version"):
+            store.anchors.key(name, again.store_id, 1)
+
+
+def test_an_anchor_is_made_once(store: Store) -> None:
+    before = (store.folder / "anchors" / "anchor-1").read_bytes()
+    with pytest.raises(FileExistsError):
+        store.anchors.create(1)
+    assert (store.folder / "anchors" / "anchor-1").read_bytes() == before
+    assert (store.folder / "anchors" / "anchor-1").stat().st_mode & 0o777 == 0o600
+    assert (
+        (store.folder / "anchors" / "CACHEDIR.TAG")
+        .read_text()
+        .startswith("Signature: 8a477f597d28d172789f06886806bc55")
+    )
+
+
+def test_a_keyring_is_recorded_only_after_it_is_written(store: Store) -> None:
+    opened = store.unlock()
+    (store.folder / "keyring.new").mkdir()
+    with pytest.raises(OSError):
+        opened.write(store.file)
+    (store.folder / "keyring.new").rmdir()
+    assert store.unlock().header.generation == 1
+
+
+def test_roots_are_sealed_under_their_anchor_and_place(original: Store) -> None:
+    record = original.keyring.body.versions[0]
+    key = original.anchors.key("anchor-1", original.keyring.store_id, 1)
+    root = open_sealed(record.root, key, context("version-root", original.keyring.store_id, u32(1)))
+    assert len(root) == 32
+    assert root == bytes(original.keyring.current()._root)
