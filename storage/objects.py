@@ -116,13 +116,16 @@ class OpenedPack:
         """
         return open_parts(self._sealed(frame), self.key, self._context("dataset", frame))
 
-    def records(self, start: int = pack.PAGE, *, whole: bool = True) -> Iterator[Record | Unreadable]:
+    def records(
+        self, start: int = pack.PAGE, *, whole: bool = True, closed: bool = True
+    ) -> Iterator[Record | Unreadable]:
         """Yield the records from an offset on, and what stands between them that does not open.
 
         Args:
             start: A multiple of 4,096.
-            whole: The pack is closed: open data sets too, not only attributes, and look behind an empty frame, where a
-                damaged disk may have left good records. Else the pack ends, for now, at the first empty frame.
+            whole: Open data sets too, not only attributes.
+            closed: Nobody writes the pack any more: look behind an empty frame, where a damaged disk may have left good
+                records. Else the pack ends, for now, at the first empty frame.
         """
         size = self.file.size
         following: int | None = start
@@ -132,7 +135,7 @@ class OpenedPack:
             try:
                 frame = pack.frame_at(self.file.read, offset, size)
                 if frame is None:
-                    if not whole:
+                    if not closed:
                         return
                     empty = offset if empty is None else empty
                     following = pack.resync(self.file.read, offset, size)

@@ -126,11 +126,12 @@ def test_two_associations_racing_with_one_uid_keep_one_whole_and_quarantine_the_
     context = scu.tls(server.home / "issued" / "CT1")
     statuses: list[int] = []
 
-    def race(file: Path) -> None:
+    def race(item: scu.Object) -> None:
         start.wait()
-        statuses.extend(scu.send(server.port, context, [scu.read(file)]))
+        statuses.extend(scu.send(server.port, context, [item]))
 
-    threads = [threading.Thread(target=race, args=(file,)) for file in versions]
+    # Read before the threads start: how pydicom reads is a setting of the whole process.
+    threads = [threading.Thread(target=race, args=(scu.read(file),)) for file in versions]
     for thread in threads:
         thread.start()
     for thread in threads:

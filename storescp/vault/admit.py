@@ -177,7 +177,7 @@ class Admission:
             rows: list[Row] = []
             study = ""
             end = scanned or pack.PAGE
-            for judged in self._judge(self._deposit(file), start=end, whole=False):
+            for judged in self._judge(self._deposit(file), start=end, whole=False, closed=False):
                 if isinstance(judged, Unreadable):
                     # What does not open in an open pack is no finding: its writer may not be done.
                     break
@@ -419,13 +419,13 @@ class Admission:
         return findings
 
     def _judge(
-        self, opened: OpenedPack, *, start: int = pack.PAGE, whole: bool, pack_id: str = ""
+        self, opened: OpenedPack, *, start: int = pack.PAGE, whole: bool, closed: bool = True, pack_id: str = ""
     ) -> Iterator[Judged | Unreadable]:
         pack_id = pack_id or opened.file.path.name
         first_study = self._index.study_of(pack_id) if start > pack.PAGE else ""
         patients: dict[str, Patient | None] = {}
         batch: dict[str, Place] = {}
-        for found in opened.records(start, whole=whole):
+        for found in opened.records(start, whole=whole, closed=closed):
             if isinstance(found, Unreadable):
                 yield found
                 continue

@@ -57,6 +57,11 @@ class Open:
         self._readers: queue.SimpleQueue[Reader] = queue.SimpleQueue()
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        """Tell whether the vault was locked meanwhile, so that nothing opens any more."""
+        return self._closed
+
     @contextlib.contextmanager
     def reader(self) -> Iterator[Reader]:
         """Lend a reader's connections; they are kept for the next one."""

@@ -12,6 +12,7 @@ from keys.seal import SealError
 from storage.keysdb import StudyKeyRecord
 from storage.objects import PackFile, Record, frames_digest
 from storage.pack import PackError
+from storescp.errors import LOCKED, StrongroomError
 from storescp.vault.admit import open_pack
 from storescp.vault.opened import Open, Reader
 
@@ -39,6 +40,9 @@ def verify(opened: Open, *, rate: float) -> Iterator[dict[str, Any]]:
             if number % _EVERY == 0:
                 yield {"kind": "progress", "done": number, "total": len(packs)}
             record = reader.keys_db.find(pack_id)
+            if opened.closed:
+                # What does not open now says nothing about the pack.
+                raise StrongroomError("the vault was locked while it was verified", status=LOCKED)
             if record is None:
                 # Discarded or erased since the list was made.
                 continue

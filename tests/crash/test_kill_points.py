@@ -31,6 +31,7 @@ ALL = os.environ.get("STRONGROOM_CRASH") == "all"
 
 pytestmark = [
     pytest.mark.needs("strace"),
+    pytest.mark.usefixtures("collected"),
     # pynetdicom leaves sockets to the garbage collector when the server dies under an association.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

@@ -31,6 +31,7 @@ def _object(number: int) -> scu.Object:
 
 # pynetdicom leaves sockets to the garbage collector when the server dies under an association.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("collected")
 @pytest.mark.timeout(60 + 10 * ROUNDS)
 def test_random_kills_lose_nothing_acknowledged(make_server: Callable[[], Server], tmp_path: Path) -> None:
     chance = random.Random(SEED)

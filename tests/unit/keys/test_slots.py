@@ -140,6 +140,15 @@ def test_a_changed_byte_of_what_is_sealed_opens_nothing(
     assert locked(msgspec.structs.replace(slot, sealed=bytes(sealed)), SECRETS[kind])
 
 
+@pytest.mark.parametrize(("iterations", "lanes", "memory"), [(1, 1, 8), (64, 1, 8), (1, 16, 128), (2, 4, 100)])
+def test_parameters_at_the_edge_of_what_is_allowed_open(
+    monkeypatch: pytest.MonkeyPatch, iterations: int, lanes: int, memory: int
+) -> None:
+    for name, value in (("ITERATIONS", iterations), ("LANES", lanes), ("MEMORY_KIB", memory)):
+        monkeypatch.setattr(slots, f"ARGON2_{name}", value)
+    assert not locked(slots.make_slot(WORDS, ROOT, STORE, label="", created=""), WORDS)
+
+
 # --- passphrases
 
 
@@ -180,7 +189,7 @@ def test_a_passphrase_that_is_no_text_opens_nothing(made: dict[str, Slot]) -> No
         ("qwertyuiop[]", "too weak"),
         ("Password12345", "too weak"),
         ("aaaaaaaaaaaa" * 100, "Repeats like"),
-        ("strongroom11", "too weak"),
+        ("strongroom11", "too weak: it is guessed too easily"),
     ],
 )
 def test_a_passphrase_that_is_easily_guessed_is_refused_with_the_reason(text: str, reason: str) -> None:
