@@ -400,11 +400,6 @@ class Index:
         for row in cursor:
             yield dict(zip(names, row, strict=True))
 
-    def place(self, row_id: int) -> Place | None:
-        """Return where the instance of a search row lies."""
-        row = self._db.execute(f"SELECT {_PLACE} FROM instance WHERE id = ?", [row_id]).fetchone()  # noqa: S608
-        return _place(row) if row else None
-
     def counts(self) -> dict[str, int]:
         """Return how much is held, and how much waits for a decision."""
         counts = {
@@ -452,7 +447,7 @@ def _place(row: Any) -> Place:
 
 
 _QUARANTINED = """
-SELECT i.pack AS id, i.offset, i.id AS row, i.reason, i.study, i.series, i.uid AS sop, i.sop_class,
+SELECT i.pack AS id, i.offset, i.reason, i.study, i.series, i.uid AS sop, i.sop_class,
 i.transfer_syntax, i.received_at, i.calling,
   i.address, i.association, i.object_id, h.calling AS held_calling, h.received_at AS held_received_at, h.pack AS
   held_pack, h.object_id AS held_object_id
@@ -479,8 +474,8 @@ FROM series e JOIN study s ON s.uid = e.study WHERE {}
 ORDER BY s.study_date, s.study_time, e.study, CAST(e.series_number AS INTEGER), e.uid"""
 
 _SEARCH_INSTANCE = """
-SELECT i.id, i.study, i.series, i.uid AS sop, s.patient_name, s.patient_id, s.study_date, e.modality, i.instance_number,
-  i.sop_class, i.transfer_syntax, i.state, i.received_at, i.calling, i.dataset_length, i.undecoded,
+SELECT i.pack, i.object_id, i.study, i.series, i.uid AS sop, s.patient_name, s.patient_id, s.study_date, e.modality,
+  i.instance_number, i.sop_class, i.transfer_syntax, i.state, i.received_at, i.calling, i.dataset_length, i.undecoded,
   p.place <> 'incoming' AS admitted
 FROM instance i JOIN series e ON e.study = i.study AND e.uid = i.series JOIN study s ON s.uid = i.study
   JOIN pack p ON p.id = i.pack

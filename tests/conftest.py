@@ -301,3 +301,11 @@ def collected() -> Iterator[None]:
     """Collect the sockets that pynetdicom left open when a server died, while their warnings are still expected."""
     yield
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def strict_pydicom() -> None:
+    """Set pydicom as the gate does: a setting of the whole process, which tests that read sloppy files change."""
+    import pydicom
+
+    pydicom.config.settings.reading_validation_mode = pydicom.config.RAISE

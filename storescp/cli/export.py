@@ -109,7 +109,7 @@ def write(client: Client, row: dict[str, Any], target: Path) -> None:
     """
     from storescp.part10 import header
 
-    content = client.stream("GET", f"/v1/instances/{row['id']}")
+    content = client.stream("GET", f"/v1/instances/{row['pack']}/{row['object_id']}")
     part = target.with_name(f".{target.name}.part")
     try:
         with part.open("wb") as out:

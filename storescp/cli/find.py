@@ -137,4 +137,4 @@ def list_command(
 
 
 def _public(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "id"}
+    return {key: value for key, value in row.items() if key not in {"pack", "object_id"}}

@@ -96,7 +96,7 @@ def export(given: str | None, /, item_id: str, file: Path) -> None:
         item = _find(client, item_id)
         if not item["opens"]:
             raise StrongroomError(f"{item_id} does not open, so it cannot be exported")
-        write(client, item | {"id": item["row"]}, file)
+        write(client, item, file)
     click.echo(f"exported 1 instance to {file}")
 
 

@@ -27,6 +27,10 @@ _ALONE = frozenset({"ISO_IR 192", "GB18030", "GBK"})
 _TWO_BYTES = frozenset({"GB18030", "GBK"})
 _DEFAULT = frozenset({"", "ISO_IR 6", "ISO 2022 IR 6"})
 _SPELLINGS = re.compile(r"ISO([ _-]2022)?[ _-]IR[ _-]([0-9]+)", re.ASCII)
+# What pydicom decodes as Latin-1 after a return to ASCII, and as Shift JIS where JIS X 0201 has nothing.
+_AFTER_ASCII = re.compile(rb"\x1b\(B[^\x1b]*[\x80-\xff]")
+_NOT_JIS_X_0201 = re.compile(rb"[\x80-\xa0\xe0-\xff]")
+_JIS_X_0201 = frozenset({"ISO_IR 13", "ISO 2022 IR 13"})
 # Escape sequences that select a set for the upper half and that Python's codec for it does not expect.
 _LEFT_OVER = re.compile("\x1b\\$\\)[AC]")
 
@@ -113,13 +117,17 @@ def _decoder(names: list[str]) -> Callable[[bytes], str]:
     encodings = [pydicom.charset.python_encoding[name] for name in used if name in _KNOWN]
     if len(encodings) != len(used):
         raise LookupError("an unknown character set")
+    default = used[0] in _DEFAULT
+    if default:
+        # The default repertoire is 7 bit; pydicom would take 8-bit bytes for Latin-1, which is a guess.
+        encodings[0] = "ascii"
+    unexplained = _AFTER_ASCII if default else _NOT_JIS_X_0201 if used[0] in _JIS_X_0201 else None
     # '^' is a delimiter too, after which the initial state holds again.
     delimiters = {ord("^"), ord("\n"), ord("\r"), ord("\t"), ord("\f")}
 
     def decode(raw: bytes) -> str:
-        if used[0] in _DEFAULT and _ESC not in raw:
-            # The default repertoire is 7 bit; pydicom would take 8-bit bytes for Latin-1, which is a guess.
-            return raw.decode("ascii")
+        if unexplained is not None and unexplained.search(raw):
+            raise UnicodeError("bytes that the character set does not explain")
         text = _LEFT_OVER.sub("", pydicom.charset.decode_bytes(raw, encodings, delimiters))
         # Codecs of UTF-16 heritage let lone surrogates pass, which are no text.
         text.encode("utf-8")

@@ -9,6 +9,7 @@ import msgspec
 C_STORE_RQ, C_ECHO_RQ, C_CANCEL_RQ = 0x0001, 0x0030, 0x0FFF
 NO_DATA_SET = 0x0101
 COMMAND_LIMIT = 16_384
+NO_UID = "?"
 
 _ELEMENT = struct.Struct("<HHI")
 _US = struct.Struct("<H")
@@ -67,13 +68,13 @@ def response(command: Command, status: int, comment: str = "") -> bytes:
     """Return the command set of a response without a data set."""
     body = b"".join(
         [
-            _text(0x0002, command.sop_class, b"\0") if command.sop_class else b"",
+            _text(0x0002, command.sop_class, b"\0") if command.sop_class not in {"", NO_UID} else b"",
             _short(0x0100, command.field | _RESPONSE_BIT),
             _short(0x0120, command.message_id),
             _short(0x0800, NO_DATA_SET),
             _short(0x0900, status),
             _text(0x0902, comment[:_COMMENT_LIMIT], b" ") if comment else b"",
-            _text(0x1000, command.sop_instance, b"\0") if command.sop_instance else b"",
+            _text(0x1000, command.sop_instance, b"\0") if command.sop_instance not in {"", NO_UID} else b"",
         ]
     )
     return _ELEMENT.pack(0, 0, 4) + struct.pack("<I", len(body)) + body
@@ -88,12 +89,8 @@ def _number(elements: dict[int, bytes], element: int) -> int:
 
 def _uid(elements: dict[int, bytes], element: int) -> str:
     value = elements.get(element, b"").rstrip(b"\0 ")
-    if len(value) > 64:
-        raise CommandError("a command set holds a UID of over 64 characters")
-    try:
-        return value.decode("ascii")
-    except UnicodeDecodeError:
-        raise CommandError("a command set holds a UID that is no ASCII text") from None
+    # What is no UID is answered so, by whoever needs one; it is not repeated in the answer.
+    return value.decode("ascii") if len(value) <= 64 and value.isascii() else NO_UID
 
 
 def _short(element: int, value: int) -> bytes:

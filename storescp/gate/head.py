@@ -79,9 +79,11 @@ class HeadParser:
         try:
             pending: bytes | memoryview = data
             while not self.done and not self._inflate.eof:
-                self._take(memoryview(self._inflate.decompress(pending, _INFLATE_STEP)))
+                plain = self._inflate.decompress(pending, _INFLATE_STEP)
+                self._take(memoryview(plain))
                 pending = self._inflate.unconsumed_tail
-                if not pending:
+                # A whole step with nothing left to feed it: more of it may still lie inside zlib.
+                if not pending and len(plain) < _INFLATE_STEP:
                     return
         except zlib.error:
             raise HeadError("a deflated data set does not inflate") from None

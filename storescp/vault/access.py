@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -174,12 +175,13 @@ class Access:
                 yield row
 
     def _instance(self, text: str) -> Response:
-        """Stream one data set."""
-        if not text.isascii() or not text.isdigit():
+        """Stream one data set, named by its pack and object id: both stay when a pack is admitted."""
+        found = re.fullmatch(r"([0-9a-f]{32})/([0-9a-f]{32})", text, re.ASCII)
+        if found is None:
             raise StrongroomError("no such instance")
         opened = self._vault.unlocked()
         with opened.reader() as reader:
-            place = reader.index.place(int(text))
+            place = reader.index.at(found[1], bytes.fromhex(found[2]))
             if place is None:
                 raise StrongroomError("no such instance")
             file = _open_file(opened.archive, place.pack_id)

@@ -307,13 +307,13 @@ def test_a_record_read_again_changes_nothing(filled: Filled) -> None:
     assert filled.index.counts()["instances"] == 1
 
 
-def test_an_instance_is_found_again_by_its_row(filled: Filled) -> None:
+def test_an_instance_is_found_again_by_its_pack_and_object_id(filled: Filled) -> None:
     filled.add("1.1.9", study="1.1", calling="MR1")
     (row,) = filled.index.search("instance", Filters())
-    place = filled.index.place(row["id"])
+    place = filled.index.at(row["pack"], bytes.fromhex(row["object_id"]))
     assert place is not None
     assert place == filled.index.held("1.1.9")
-    assert filled.index.place(row["id"] + 1) is None
+    assert filled.index.at(row["pack"], bytes(16)) is None
 
 
 def test_a_dropped_pack_takes_empty_series_and_studies_with_it(filled: Filled) -> None:

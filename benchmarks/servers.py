@@ -1,0 +1,335 @@
+"""The servers that are compared: each with mutual TLS, fresh folders and, where it counts, its tuning."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import trustme
+
+from benchmarks.client import DCMDICT
+from benchmarks.measure import Accounting
+from benchmarks.upper import Credentials, Target
+
+_ROOT = Path(__file__).resolve().parent.parent
+_START_SECONDS = 30.0
+_STOP_SECONDS = 45.0
+_TITLE = "BENCH"
+
+
+class ServerError(Exception):
+    """A server did not start, or did not keep what it was sent."""
+
+
+class Pki:
+    """A small authority of the benchmark's own, for every server that has none."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        authority = trustme.CA()
+        self.authority = str(folder / "ca.pem")
+        authority.cert_pem.write_to_path(self.authority)
+        self.server = self._issue(authority, folder / "server", "localhost", "127.0.0.1")
+        self.client = self._issue(authority, folder / "client", "bench.example")
+
+    def _issue(self, authority: trustme.CA, stem: Path, *names: str) -> tuple[str, str]:
+        issued = authority.issue_cert(*names)
+        key, certificate = f"{stem}.key", f"{stem}.pem"
+        issued.private_key_pem.write_to_path(key)
+        issued.cert_chain_pems[0].write_to_path(certificate)
+        return key, certificate
+
+
+class Server:
+    """One run of one server: ``start`` says where to send to; ``settle`` waits until the work is done; ``stop``."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    without: ClassVar[str]
+    # A slow server sends fewer objects: a rate does not need hundreds of 44 ms.
+    share: ClassVar[float] = 1.0
+    cases: ClassVar[tuple[str, ...] | None] = None
+    called: ClassVar[str] = "ANY-SCP"
+    settle_seconds: ClassVar[float] = 1.0
+
+    def __init__(self, folder: Path, pki: Pki, accounting: Accounting, associations: int) -> None:
+        self.folder = folder
+        self.pki = pki
+        self.associations = associations
+        self._accounting = accounting
+        self.port = _free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = folder / "log"
+        folder.mkdir(parents=True)
+
+    def start(self) -> Target:
+        """Start and return when it accepts connections.
+
+        Raises:
+            ServerError: It does not.
+        """
+        self.prepare()
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self._accounting.wrap(self.command()),
+                env=os.environ | self.environment(),
+                cwd=_ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._accounting.started(self.process.pid)
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise ServerError(f"{self.name} did not start: {self.log.read_text(errors='replace')[-300:]}")
+            time.sleep(0.05)
+        return self.target()
+
+    def prepare(self) -> None:
+        """Make what the server needs before it starts."""
+
+    def command(self) -> list[str]:
+        """Return the command that runs it."""
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        """Return what it needs in its environment."""
+        return {}
+
+    def ready(self) -> bool:
+        """Tell whether it accepts connections."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+    def target(self) -> Target:
+        """Return where to send to."""
+        return Target(self.port, self.called, Credentials(*self.pki.client, self.pki.authority, _TITLE))
+
+    def settle(self, timeout: float) -> float | None:
+        """Wait until the work of a burst is done; return after how many seconds that was, where it can be known."""
+        time.sleep(min(timeout, self.settle_seconds))
+        return None
+
+    def stored(self) -> int | None:
+        """Return how many objects it has, where that can be counted."""
+        return None
+
+    def stop(self) -> None:
+        """Stop it, with SIGKILL if it must be."""
+        if self.process is None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+class Dcmtk(Server):
+    """storescp, a process an association."""
+
+    name = "dcmtk"
+    title = "DCMTK storescp, tuned"
+    without = "no index, no encryption at rest, no sync; a file an object"
+
+    def prepare(self) -> None:
+        (self.folder / "out").mkdir()
+
+    def command(self) -> list[str]:
+        return [
+            _program("storescp"), "--fork", *self.options(), "+tls", *self.pki.server, "+cf", self.pki.authority,
+            "-od", str(self.folder / "out"), str(self.port),
+        ]  # fmt: skip
+
+    def options(self) -> list[str]:
+        """Return what is set beyond TLS."""
+        return ["-pdu", "131072", "+B"]
+
+    def environment(self) -> dict[str, str]:
+        return {"TCP_NODELAY": "1", "DCMDICTPATH": os.environ.get("DCMDICTPATH", DCMDICT)}
+
+    def stored(self) -> int | None:
+        return sum(1 for _ in os.scandir(self.folder / "out"))
+
+
+class DcmtkShipped(Dcmtk):
+    """storescp as its package starts it: Nagle's algorithm on, PDUs of 16 KB."""
+
+    name = "dcmtk-shipped"
+    title = "DCMTK storescp, as shipped"
+    without = "no index, no encryption at rest, no sync; waits 40 ms an object for Nagle's algorithm"
+    share = 0.1
+    cases = ("ct1", "ct4")
+
+    def options(self) -> list[str]:
+        return []
+
+    def environment(self) -> dict[str, str]:
+        return {k: v for k, v in super().environment().items() if k != "TCP_NODELAY"}
+
+
+class Orthanc(Server):
+    """Orthanc with SQLite, its storage synced."""
+
+    name = "orthanc"
+    title = "Orthanc, tuned"
+    without = "no encryption at rest; syncs files, its index not each time"
+
+    def prepare(self) -> None:
+        key, certificate = self.pki.server
+        settings = {
+            "Name": "bench",
+            "StorageDirectory": str(self.folder / "storage"),
+            "IndexDirectory": str(self.folder / "index"),
+            "SyncStorageArea": True,
+            "StorageCompression": False,
+            "StoreMD5ForAttachments": False,
+            "SaveJobs": False,
+            "HttpServerEnabled": False,
+            "DicomPort": self.port,
+            "DicomAet": "ORTHANC",
+            "DicomCheckCalledAet": False,
+            "DicomAlwaysAllowEcho": True,
+            "DicomAlwaysAllowStore": True,
+            "DicomThreadsCount": max(8, self.associations + 2),
+            "MaximumPduLength": 131_072,
+            "DicomTlsEnabled": True,
+            "DicomTlsCertificate": certificate,
+            "DicomTlsPrivateKey": key,
+            "DicomTlsTrustedCertificates": self.pki.authority,
+            "DicomTlsRemoteCertificateRequired": True,
+        }
+        (self.folder / "orthanc.json").write_text(json.dumps(settings))
+
+    def command(self) -> list[str]:
+        return [_program("Orthanc"), str(self.folder / "orthanc.json")]
+
+    def environment(self) -> dict[str, str]:
+        return {"TCP_NODELAY": "1"}
+
+
+class Stock(Server):
+    """pynetdicom as it comes."""
+
+    name = "pynetdicom"
+    title = "pynetdicom, stock"
+    without = "no index, no encryption at rest, no sync; a file an object"
+
+    def prepare(self) -> None:
+        (self.folder / "out").mkdir()
+
+    def command(self) -> list[str]:
+        files = [*self.pki.server, self.pki.authority, str(self.folder / "out")]
+        return [sys.executable, "-m", "benchmarks.stock", str(self.port), *files]
+
+    def stored(self) -> int | None:
+        return sum(1 for _ in os.scandir(self.folder / "out"))
+
+
+class Sink(Server):
+    """Keeps nothing: the client's own limit."""
+
+    name = "sink"
+    title = "null sink"
+    without = "everything: it only decrypts, and shows what the client can do"
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.sink", str(self.port), *self.pki.server, self.pki.authority]
+
+
+class Strongroom(Server):
+    """Strongroom: gate and vault, one user."""
+
+    name = "strongroom"
+    title = "Strongroom"
+    without = "nothing of these: sealed, synced before Success, indexed"
+    called = "STRONGROOM"
+
+    @property
+    def config(self) -> Path:
+        """The store's configuration."""
+        return self.folder / "strongroom.toml"
+
+    def prepare(self) -> None:
+        key = str(self.folder / "store.key")
+        self._do("init", "--with-pki", "--key-file", key, "--listen", f"127.0.0.1:{self.port}")
+        self._do("peer", "add", _TITLE, "--issue", str(self.folder / "bench"))
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "storescp", "--config", str(self.config), "serve"]
+
+    def ready(self) -> bool:
+        return "serve: ready" in self.log.read_text(errors="replace") and super().ready()
+
+    def target(self) -> Target:
+        folder = self.folder / "bench"
+        key, certificate = str(folder / f"{_TITLE}.key"), str(folder / f"{_TITLE}.pem")
+        return Target(self.port, self.called, Credentials(key, certificate, str(folder / "ca.pem"), _TITLE))
+
+    def settle(self, timeout: float) -> float | None:
+        """Wait until every deposit is admitted. The folder is watched, so that asking does not help the vault along."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < timeout:
+            if not self._waiting():
+                seconds = time.monotonic() - begun
+                if self._status()["deposits"]["packs"] == 0:
+                    return seconds
+            time.sleep(0.1)
+        raise ServerError(f"deposits still wait {timeout:g} s after the burst")
+
+    def stored(self) -> int | None:
+        return int(self._status()["counts"]["instances"])
+
+    def _waiting(self) -> bool:
+        incoming = self.folder / "spool" / "incoming"
+        return incoming.is_dir() and any(p.is_file() for p in incoming.rglob("*"))
+
+    def _status(self) -> dict[str, dict[str, int]]:
+        status: dict[str, dict[str, int]] = json.loads(self._do("status", "--json"))
+        return status
+
+    def _do(self, *arguments: str) -> str:
+        command = [sys.executable, "-m", "storescp", "--config", str(self.config), *arguments]
+        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise ServerError(f"strongroom {arguments[0]}: {done.stderr[-300:]}")
+        return done.stdout
+
+
+SERVERS: dict[str, type[Server]] = {kind.name: kind for kind in (Dcmtk, DcmtkShipped, Orthanc, Stock, Strongroom, Sink)}
+
+
+def available(name: str) -> bool:
+    """Tell whether a server is installed."""
+    program = {"dcmtk": "storescp", "dcmtk-shipped": "storescp", "orthanc": "Orthanc"}.get(name)
+    return program is None or bool(_found(program))
+
+
+def _found(program: str) -> str | None:
+    return shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin")
+
+
+def _program(name: str) -> str:
+    found = _found(name)
+    if found is None:
+        raise ServerError(f"{name} is not installed")
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
