@@ -22,19 +22,36 @@ def archive_has_room(config: Config, count: int) -> bool:
     return count == 0 or free(config.store_path) - count > config.settings.store.reserve_bytes // _LAST_PART
 
 
-def shortage(config: Config) -> str:
-    """Return why nothing more may be received now, empty if it may.
+class Watch:
+    """What a gate may still receive: measured each tick, and counted down in between as objects arrive."""
 
-    The archive must hold what waits besides what comes. Where both are one file system, what waits is counted there
-    already.
-    """
-    reserve = config.settings.store.reserve_bytes
-    if free(config.incoming) < reserve:
-        return "incoming has less free space than store.reserve_bytes"
-    waiting = 0
-    if config.incoming.stat().st_dev != os.stat(config.store_path).st_dev or config.settings.gate.user:
-        with os.scandir(config.incoming) as entries:
-            waiting = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
-    if free(config.store_path) - waiting < reserve:
-        return "the archive has less free space than store.reserve_bytes and what waits for admission"
-    return ""
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._reserve = config.settings.store.reserve_bytes
+        self._room = 0
+        self.look()
+
+    def look(self) -> None:
+        """Measure the archive's room.
+
+        The archive must hold what waits besides what comes. Where both are one file system, what waits is counted there
+        already. What is being copied counts twice for a moment: better refused once, and sent again, than lost.
+        """
+        config = self._config
+        waiting = 0
+        if config.incoming.stat().st_dev != os.stat(config.store_path).st_dev or config.settings.gate.user:
+            with os.scandir(config.incoming) as entries:
+                waiting = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+        self._room = free(config.store_path) - waiting - self._reserve
+
+    def took(self, count: int) -> None:
+        """Count what arrived since the archive was measured."""
+        self._room -= count
+
+    def shortage(self) -> str:
+        """Return why nothing more may be received now, empty if it may."""
+        if free(self._config.incoming) < self._reserve:
+            return "incoming has less free space than store.reserve_bytes"
+        if self._room < 0:
+            return "the archive has less free space than store.reserve_bytes and what waits for admission"
+        return ""

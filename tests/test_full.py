@@ -111,7 +111,10 @@ def test_a_full_archive_is_answered_a700_before_anything_is_lost(
     server = make_server()
     context = small_server(server, disks, "store", 20)
     server.start()
-    acknowledged = fill(server, context, 0, 30)
+    acknowledged: dict[str, bytes] = {}
+    while server.status()["receiving"]:
+        # What is being copied counts twice for a moment, so an early refusal may pass by itself.
+        acknowledged |= fill(server, context, len(acknowledged), 30)
     assert 8 <= len(acknowledged) <= 17
     assert any("nothing more is received" in warning for warning in server.status()["warnings"])
     assert held(server, "out") == acknowledged

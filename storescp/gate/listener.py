@@ -9,13 +9,13 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
 
 from storage.deposit import Deposits
 from storescp.config import Gate, parse_address
 from storescp.gate import negotiate, tls, wire
 from storescp.gate.receive import Association, Origin, close, new_association_id
 from storescp.peers import Peers
+from storescp.space import Watch
 
 _BACKLOG = 128
 
@@ -49,8 +49,8 @@ class Policy:
 class Listener:
     """Listens on the configured addresses and runs each connection in a thread of its own."""
 
-    def __init__(self, settings: Gate, policy: Policy, deposits: Deposits, shortage: Callable[[], str]) -> None:
-        """Bind the addresses. ``shortage`` tells why nothing may be received now, empty if it may.
+    def __init__(self, settings: Gate, policy: Policy, deposits: Deposits, space: Watch) -> None:
+        """Bind the addresses.
 
         Raises:
             OSError: One cannot be bound.
@@ -58,7 +58,7 @@ class Listener:
         self.policy = policy
         self._settings = settings
         self._deposits = deposits
-        self._shortage = shortage
+        self._space = space
         self._lock = threading.Lock()
         self._running: set[_Connection] = set()
         self._stopping = threading.Event()
@@ -193,7 +193,7 @@ class Listener:
             sock.sendall(wire.abort(reason=0))
             return
         connection.association = Association(
-            sock, reader, agreement, origin, self._deposits, self._settings.idle_seconds, self._shortage, self._stopping
+            sock, reader, agreement, origin, self._deposits, self._settings.idle_seconds, self._space, self._stopping
         )
         self._converse(sock, connection.association, origin, rest)
 

@@ -11,7 +11,6 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 
 import msgspec
@@ -26,6 +25,7 @@ from storescp.gate.head import HeadError, HeadParser
 from storescp.gate.negotiate import Agreement, Context
 from storescp.gate.status import SUCCESS, UNRECOGNIZED_OPERATION, Reason, RefusedError
 from storescp.gate.transfer import ENCODINGS, VERIFICATION
+from storescp.space import Watch
 
 # What may come before the Study Instance UID: large private groups of some devices do.
 HEAD_BUFFER_LIMIT = 4 << 20
@@ -70,9 +70,9 @@ class Incoming:
         origin: Origin,
         deposits: Deposits,
         buffer: memoryview,
-        shortage: Callable[[], str],
+        space: Watch,
     ) -> None:
-        self._shortage = shortage
+        self._space = space
         self._checked = 0
         self._command = command
         self._context = context
@@ -100,7 +100,7 @@ class Incoming:
         try:
             if self.size >= self._checked:
                 self._checked = self.size + _SPACE_STEP
-                if self._shortage():
+                if self._space.shortage():
                     raise RefusedError(Reason.NO_SPACE)
             self._take(data)
         except Exception as error:
@@ -218,10 +218,10 @@ class Association:
         origin: Origin,
         deposits: Deposits,
         idle_seconds: float,
-        shortage: Callable[[], str],
+        space: Watch,
         stopping: threading.Event,
     ) -> None:
-        self._shortage = shortage
+        self._space = space
         self._stopping = stopping
         self._connection = connection
         self._reader = reader
@@ -333,7 +333,7 @@ class Association:
         if command.field == dimse.C_STORE_RQ and context.abstract_syntax != VERIFICATION and command.has_data_set:
             if self._buffer is None:
                 self._buffer = record_buffer()
-            self._incoming = Incoming(command, context, self._origin, self._deposits, self._buffer, self._shortage)
+            self._incoming = Incoming(command, context, self._origin, self._deposits, self._buffer, self._space)
         if not command.has_data_set:
             self._end()
 
@@ -348,6 +348,7 @@ class Association:
                 incoming.end()
                 self.tally.stored += 1
                 self.tally.bytes += incoming.size
+                self._space.took(incoming.size)
                 log.debug("association %s: stored object %s", self._origin.association, incoming.object_id)
             except RefusedError as refused:
                 status, comment = refused.reason.status, refused.reason.comment

@@ -51,8 +51,8 @@ def run(config: Config) -> None:
     watched = _stamp(config)
     try:
         deposits.check()
-        watch = _SpaceWatch(config)
-        listener = Listener(gate, _policy(config), deposits, watch.shortage)
+        watch = space.Watch(config)
+        listener = Listener(gate, _policy(config), deposits, watch)
     except (DepositError, PeerError, OSError) as error:
         raise StrongroomError(f"the gate cannot start: {error}") from error
     listener.start()
@@ -60,6 +60,7 @@ def run(config: Config) -> None:
     if not listener.policy.peers.by_title:
         log.warning("no peers are configured: nobody can associate; 'strongroom peer add' adds one")
     notify.ready()
+    short = ""
     while not stop.wait(_TICK_SECONDS):
         listener.enforce()
         if reload.is_set() or _stamp(config) != watched:
@@ -67,7 +68,7 @@ def run(config: Config) -> None:
             watched = _stamp(config)
             _reload(config, listener)
         try:
-            watch.look()
+            short = _told(watch, short)
             deposits.close_idle()
         except (DepositError, OSError) as error:
             log.error("open packs and space cannot be looked after: %s", error)
@@ -78,28 +79,15 @@ def run(config: Config) -> None:
     log.info("stopped")
 
 
-class _SpaceWatch:
-    """Free space, looked at each tick and, for ``incoming/``, at each object; says once when it ends and comes back."""
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._short = ""
-        self.look()
-
-    def look(self) -> None:
-        """Look at everything that counts."""
-        short = space.shortage(self._config)
-        if short and not self._short:
-            log.error("nothing more is received, C-STORE is answered A700: %s", short)
-        if self._short and not short:
-            log.info("receiving again: there is space")
-        self._short = short
-
-    def shortage(self) -> str:
-        """Return why nothing may be received now, empty if it may."""
-        if not self._short and space.free(self._config.incoming) < self._config.settings.store.reserve_bytes:
-            return "incoming has less free space than store.reserve_bytes"
-        return self._short
+def _told(watch: space.Watch, before: str) -> str:
+    """Measure the space; say when it ends and when it comes back."""
+    watch.look()
+    short = watch.shortage()
+    if short and not before:
+        log.error("nothing more is received, C-STORE is answered A700: %s", short)
+    if before and not short:
+        log.info("receiving again: there is space")
+    return short
 
 
 def _policy(config: Config) -> Policy:

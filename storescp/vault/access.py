@@ -133,7 +133,7 @@ class Access:
         header = keyring.read_header(config.keyring)
         with self._vault.admitting() as opened:
             archive = Archive(config.store_path, config.incoming)
-            short = space.shortage(config)
+            short = space.Watch(config).shortage()
             status: dict[str, Any] = {
                 "format": 1,
                 "time": _time(time.time()),
