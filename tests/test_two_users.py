@@ -347,6 +347,14 @@ def test_a_gate_that_never_lets_go_of_its_pack_stops_nobody_else(two: Server) ->
     assert len(two.list()) == 2
 
 
+def test_a_gate_that_may_not_write_answers_a700_until_it_may_again(two: Server) -> None:
+    two.incoming.chmod(0o2550)
+    assert send(two, [CT]) == [0xA700]
+    two.incoming.chmod(0o2770)
+    assert send(two, [CT]) == [0]
+    intact(two, "out", CT)
+
+
 def test_wrong_owners_and_modes_are_refused_and_named(two: Server) -> None:
     two.stop()
     for path, mode, verb in (
