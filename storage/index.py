@@ -315,9 +315,9 @@ class Index:
             self._db.execute("DELETE FROM instance WHERE pack = ? AND offset = ?", [pack_id, offset])
             return bool(cursor.rowcount)
 
-    def last_admission(self) -> int:
-        """Return the highest admission number that the index knows."""
-        return int(self._db.execute("SELECT coalesce(max(admission), 0) FROM pack").fetchone()[0])
+    def archived_packs(self) -> set[str]:
+        """Return the packs that are known to lie in the archive."""
+        return {row[0] for row in self._db.execute("SELECT id FROM pack WHERE place <> 'incoming'")}
 
     def waiting_packs(self) -> list[str]:
         """Return the packs with rows that are not admitted yet."""

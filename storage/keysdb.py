@@ -37,6 +37,13 @@ def _study_key(db: Database) -> None:
     db.table("study_key").create_index(["version"])
 
 
+@_MIGRATIONS(name="2-last-admission")
+def _last_admission(db: Database) -> None:
+    # Apart from the records: a number must not come again when the record that had it was removed.
+    db.execute("CREATE TABLE last_admission (number INTEGER NOT NULL) STRICT")
+    db.execute("INSERT INTO last_admission SELECT coalesce(max(admission), 0) FROM study_key")
+
+
 class StudyKeyRecord(msgspec.Struct, frozen=True):
     """One row: a wrapped study key and what it is bound to."""
 
@@ -64,8 +71,7 @@ class KeysDatabase:
 
     def next_admission(self) -> int:
         """Return the number of the next admission; numbers are never used twice."""
-        (last,) = self._db.execute("SELECT coalesce(max(admission), 0) FROM study_key").fetchone()
-        return int(last) + 1
+        return int(self._db.execute("SELECT number FROM last_admission").fetchone()[0]) + 1
 
     def add(self, record: StudyKeyRecord) -> None:
         """Add a record durably.
@@ -88,6 +94,7 @@ class KeysDatabase:
                     place.admission,
                 ],
             )
+            self._db.execute("UPDATE last_admission SET number = ?", [place.admission])
 
     def remove(self, pack_id: str) -> None:
         """Remove a pack's record, from the file and from the log in front of it."""
@@ -103,12 +110,9 @@ class KeysDatabase:
         place = StudyKeyPlace(bytes.fromhex(row[0]), bytes.fromhex(row[1]), row[4], row[5], row[6], row[7])
         return StudyKeyRecord(place, row[2], row[3])
 
-    def packs_after(self, admission: int) -> list[tuple[int, str]]:
-        """Return the admission numbers and names of packs admitted after a number, in order."""
-        rows = self._db.execute(
-            "SELECT admission, pack_id FROM study_key WHERE admission > ? ORDER BY admission", [admission]
-        )
-        return [(int(number), str(name)) for number, name in rows]
+    def packs(self) -> list[str]:
+        """Return the packs that have a record, in the order of their admission."""
+        return [str(row[0]) for row in self._db.execute("SELECT pack_id FROM study_key ORDER BY admission")]
 
     def count(self) -> int:
         """Return how many packs have a record."""

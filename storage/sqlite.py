@@ -57,7 +57,9 @@ def transaction(database: Database) -> Iterator[None]:
     database.conn.execute("BEGIN IMMEDIATE")
     try:
         yield
+        # Within: a commit that a full disk refused leaves its transaction open, and the next could not begin.
+        database.conn.execute("COMMIT")
     except BaseException:
-        database.conn.execute("ROLLBACK")
+        if database.conn.in_transaction:
+            database.conn.execute("ROLLBACK")
         raise
-    database.conn.execute("COMMIT")

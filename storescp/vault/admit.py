@@ -34,6 +34,7 @@ from storage.index import Index, Patient, Place, Row
 from storage.keysdb import KeysDatabase, StudyKeyRecord
 from storage.ledger import Decision, Ledger
 from storage.objects import Archive, OpenedPack, PackFile, Record, Unreadable, frames_digest
+from storage.sqlite import DatabaseError
 from storescp.vault.judge import OTHER_CONTENT, OTHER_KEY, Verdict, judge, patient_of
 
 # A pack that was not finished making in this long never will be: its gate is gone.
@@ -101,15 +102,15 @@ class Admission:
         self._room = room
         self._lock = threading.Lock()
         self._said: set[str] = set()
+        self._interrupted = False
 
     # --- the whole of incoming/
 
     def resume(self) -> None:
-        """Finish what a crash interrupted: packs whose study key is recorded, but not their admission in the index."""
+        """Finish what a crash interrupted."""
         with self._lock:
             self._archive.clear(lambda pack_id: self._keys_db.find(pack_id) is not None)
-            for _, pack_id in self._keys_db.packs_after(self._index.last_admission()):
-                self._finish(pack_id)
+            self._finish_all()
             for decision in self._ledger.decisions()[-1:]:
                 self._apply(decision)
 
@@ -117,8 +118,7 @@ class Admission:
         """Fill the index anew from packs, key records and the ledger's decisions."""
         with self._lock:
             self._index.begin_anew()
-            for _, pack_id in self._keys_db.packs_after(0):
-                self._finish(pack_id)
+            self._finish_all()
             for decision in self._ledger.decisions():
                 self._apply(decision)
             self._index.filled()
@@ -129,6 +129,9 @@ class Admission:
         When this returns, everything that was acknowledged before it was called can be found.
         """
         with self._lock:
+            if self._interrupted:
+                self._finish_all()
+                self._interrupted = False
             deposits = self._archive.deposits()
             admitted = sum(self._look_at(path) for path in deposits)
             self._tidy({path.name for path in deposits})
@@ -140,12 +143,13 @@ class Admission:
                 return False
             with PackFile(path, write=not self._copies) as file:
                 return self._admit(file) if file.try_lock() else self._list_open(file)
-        except FileNotFoundError:
-            return False
         except (pack.PackError, SealError, AttributesError, UnknownVersionError) as error:
             self._set_aside(path, str(error))
-        except (KeyringError, AnchorError, FileExistsError, OSError) as error:
-            self._say_once(path.name, f"deposit {path.name} is left where it is: {error}")
+        except (KeyringError, AnchorError, OSError, DatabaseError) as error:
+            # It may have got as far as its key record: what is recorded but not indexed is finished at the next look.
+            self._interrupted = True
+            if path.exists():
+                self._say_once(path.name, f"deposit {path.name} is not admitted yet: {error}")
         return False
 
     def _acceptable(self, path: Path) -> bool:
@@ -310,7 +314,14 @@ class Admission:
     def _study(self, judged: list[Judged]) -> str:
         return judged[0].record.attributes.text(attributes.STUDY)
 
-    # --- after a crash
+    # --- after a crash, or an error in the middle
+
+    def _finish_all(self) -> None:
+        """Finish every pack whose study key is recorded, but not its admission in the index."""
+        indexed = self._index.archived_packs()
+        for pack_id in self._keys_db.packs():
+            if pack_id not in indexed:
+                self._finish(pack_id)
 
     def _finish(self, pack_id: str) -> None:
         """Bring a pack whose study key is recorded to where it belongs, and its rows into the index."""

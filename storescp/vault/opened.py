@@ -80,7 +80,7 @@ class Open:
 
     def start(self) -> None:
         """Finish what a crash interrupted; fill an index that is new, or was being filled."""
-        if self.index.is_filling() or (self.index.last_admission() == 0 and self.keys_db.count()):
+        if self.index.is_filling() or (self.keys_db.count() and not self.index.archived_packs()):
             self.admission.reindex()
         self.admission.resume()
 

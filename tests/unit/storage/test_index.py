@@ -277,7 +277,7 @@ def test_everything_is_counted_by_what_became_of_it(filled: Filled) -> None:
         "undecoded": 1,
     }  # fmt: skip
     assert filled.index.last_stores() == {"CT1": "2026-01-31T12:00:00Z", "MR1": "2026-01-31T10:00:00Z"}
-    assert filled.index.last_admission() == 7
+    assert filled.index.archived_packs() == {"pack-1.1"}
     assert set(filled.index.waiting_packs()) == {"pack-1.2", "other"}
 
 
