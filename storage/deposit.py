@@ -10,25 +10,19 @@ import contextlib
 import fcntl
 import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from keys import encoding
-from keys.seal import SLICE_BYTES, Sealer, context, seal
-from keys.versions import DepositKey, SignatureError, new_key, read_deposit_key
-from storage import pack
+from keys.versions import DepositKey, SignatureError, read_deposit_key
+from storage.direct import Buffer, Buffers
+from storage.openpack import OpenPack, Record
 
 _PUBLISHED = re.compile(r"deposit-([1-9][0-9]{0,8})\.key", re.ASCII)
-_BUFFER = SLICE_BYTES
-_SLACK = 2 * 16_400 + 4096
-
-
-def record_buffer() -> memoryview:
-    """Return the memory that records are sealed into before they are written: a little over 1 MiB."""
-    return memoryview(bytearray(_BUFFER + _SLACK))
+# Threads that write for records longer than a buffer's half; a short object needs none.
+_WRITERS = 4
 
 
 class DepositError(Exception):
@@ -86,132 +80,6 @@ class PublishedKeys:
             raise DepositError(f"the folder of deposit keys cannot be read: {error.strerror}") from error
 
 
-class OpenPack:
-    """A pack of one study that this process appends to; locked until it is closed."""
-
-    def __init__(self, folder: Path, store_id: bytes, study: str, peer: str, keys: PublishedKeys) -> None:
-        self.study = study
-        self.peer = peer
-        self.leased = True
-        self.used_at = time.monotonic()
-        self.broken = False
-        self._key = new_key()
-        key_id = secrets.token_bytes(16)
-        path = folder / key_id.hex()
-        # The name appears without its suffix only when the header is durable and the lock is held: whoever finds
-        # a pack unlocked may take it as finished.
-        making = path.with_suffix(".new")
-        self._fd = os.open(making, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-            with keys.held() as deposit_key:
-                self.version = deposit_key.version
-                header = pack.Header(store_id, key_id, deposit_key.version, deposit_key.wrap(self._key, key_id))
-                _write_all(self._fd, memoryview(header.encode()), 0)
-                os.fdatasync(self._fd)
-                os.rename(making, path)
-                encoding.sync_folder(folder)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(making)
-            os.close(self._fd)
-            raise
-        self._bound = header.bound()
-        self.end = pack.PAGE
-
-    def record(self, buffer: memoryview) -> Record:
-        """Begin a record after the last one, in a buffer made by ``record_buffer`` that nobody else uses meanwhile."""
-        return Record(self, self._fd, self._key, self._bound, pack.page_after(self.end), buffer)
-
-    def close(self) -> None:
-        """Close the pack: it is the vault's from now on."""
-        self._key[:] = bytes(len(self._key))
-        os.close(self._fd)
-
-
-class Record:
-    """One object on its way into a pack. Ends with ``finish`` or ``abort``; a data set goes in as it comes."""
-
-    def __init__(
-        self, into: OpenPack, descriptor: int, key: bytearray, bound: bytes, offset: int, buffer: memoryview
-    ) -> None:
-        self._pack = into
-        self._fd = descriptor
-        self._key = key
-        self._offset = offset
-        self._object_id = secrets.token_bytes(16)
-        self._fields = (bound, self._object_id)
-        self._sealer = Sealer(key, context("dataset", *self._fields))
-        self._buffer = buffer
-        self._buffer[: pack.FRAME_BYTES] = pack.Frame(offset, self._object_id, 0, 0).encode()
-        self._filled = pack.FRAME_BYTES
-        self._written = offset
-        self._sealed = 0
-
-    @property
-    def object_id(self) -> bytes:
-        """The record's id."""
-        return self._object_id
-
-    def write(self, data: memoryview) -> None:
-        """Seal a piece of the data set.
-
-        Raises:
-            OSError: The disk refused it; ``abort`` the record.
-        """
-        while data:
-            room = len(self._buffer) - _SLACK - self._filled
-            if room < 16_400:
-                self._flush()
-                room = len(self._buffer) - _SLACK - self._filled
-            # Sealing adds a tag to each chunk: a slice this much shorter than the room always fits.
-            part = data[: room - room // 1000]
-            count = self._sealer.update_into(part, self._buffer[self._filled :])
-            self._filled += count
-            self._sealed += count
-            data = data[len(part) :]
-
-    def finish(self, attributes: bytes) -> None:
-        """Write what is left, the attributes, and last the lengths; sync. On return the object is durable.
-
-        Raises:
-            OSError: It is not; ``abort`` the record.
-        """
-        last = self._sealer.finalize()
-        sealed_attributes = seal(attributes, self._key, context("attributes", *self._fields))
-        self._append(last)
-        self._append(sealed_attributes)
-        self._flush()
-        frame = pack.Frame(self._offset, self._object_id, self._sealed + len(last), len(sealed_attributes))
-        where, lengths = frame.lengths()
-        _write_all(self._fd, memoryview(lengths), where)
-        try:
-            os.fdatasync(self._fd)
-        except OSError:
-            # What the kernel dropped after a failed sync it will not report again: this pack takes nothing more.
-            self._pack.broken = True
-            raise
-        self._pack.end = frame.end
-
-    def abort(self) -> None:
-        """Cut the record away; a pack that cannot even be cut is not used again."""
-        try:
-            os.ftruncate(self._fd, self._pack.end)
-        except OSError:
-            self._pack.broken = True
-
-    def _append(self, data: bytes) -> None:
-        if self._filled + len(data) > len(self._buffer):
-            self._flush()
-        self._buffer[self._filled : self._filled + len(data)] = data
-        self._filled += len(data)
-
-    def _flush(self) -> None:
-        _write_all(self._fd, self._buffer[: self._filled], self._written)
-        self._written += self._filled
-        self._filled = 0
-
-
 class Deposits:
     """The open packs of a gate worker, leased to one association at a time. Safe to use from many threads."""
 
@@ -235,6 +103,8 @@ class Deposits:
         self._clock = clock
         self._lock = threading.Lock()
         self._free: list[OpenPack] = []
+        self._buffers = Buffers()
+        self._writers = ThreadPoolExecutor(_WRITERS, "write")
 
     def check(self) -> None:
         """Prove that deposits can be made: a key is published and the folder is there.
@@ -246,24 +116,27 @@ class Deposits:
         if not os.access(self._incoming, os.W_OK | os.X_OK):
             raise DepositError("the folder 'incoming' is missing or cannot be written")
 
-    def lease(self, study: str, peer: str) -> OpenPack:
-        """Return a pack for a study: one that is open and free, or a new one.
+    def begin(self, study: str, peer: str) -> Record:
+        """Begin a record in a pack of its study that is open and free, or in a new one.
 
         Raises:
             DepositError: No usable deposit key is published.
             OSError: The disk refused a new pack.
         """
+        into = self._free_pack(study) or OpenPack(self._incoming, self._store_id, study, peer, self._keys)
+        return Record(into, self._buffers.take(), self._writers, self._release)
+
+    def _free_pack(self, study: str) -> OpenPack | None:
         with self._lock:
             for found in self._free:
                 if found.study == study:
                     self._free.remove(found)
-                    found.leased = True
                     return found
-        return OpenPack(self._incoming, self._store_id, study, peer, self._keys)
+        return None
 
-    def release(self, leased: OpenPack) -> None:
-        """Give a pack back; it stays open a little for more objects of its study."""
-        leased.leased = False
+    def _release(self, leased: OpenPack, buffer: Buffer) -> None:
+        """Take a pack back; it stays open a little for more objects of its study."""
+        self._buffers.give(buffer)
         leased.used_at = self._clock()
         if leased.broken or leased.end >= self._size_limit:
             leased.close()
@@ -293,10 +166,3 @@ class Deposits:
             self._free = [p for p in self._free if p not in gone]
         for old in gone:
             old.close()
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data = data[count:]
-        offset += count

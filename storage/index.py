@@ -15,8 +15,8 @@ import msgspec
 
 from storage import attributes
 from storage.attributes import Attributes
-from storage.objects import Record
 from storage.pack import Frame
+from storage.packfile import Record
 from storage.sqlite import Database, Migrations, connect, transaction
 
 LEVELS = ("study", "series", "instance")
@@ -230,8 +230,7 @@ class Index:
                 " ON CONFLICT (id) DO UPDATE SET scanned = excluded.scanned",
                 [pack_id, study, scanned],
             )
-            for row in rows:
-                self._add_row(pack_id, row)
+            self._add_rows(pack_id, rows)
 
     def replace(self, pack_id: str, place: str, admission: int, length: int, rows: Iterable[Row]) -> None:
         """Make these records the only ones of a pack, which lies where it stays; readers see old rows or new."""
@@ -240,10 +239,9 @@ class Index:
             self._db.execute(
                 "INSERT OR REPLACE INTO pack VALUES (?, ?, '', ?, ?, ?)", [pack_id, place, admission, length, length]
             )
-            study = ""
-            for row in rows:
-                study = study or row.record.attributes.text(attributes.STUDY)
-                self._add_row(pack_id, row)
+            rows = list(rows)
+            self._add_rows(pack_id, rows)
+            study = rows[0].record.attributes.text(attributes.STUDY) if rows else ""
             self._db.execute("UPDATE pack SET study = ? WHERE id = ?", [study, pack_id])
 
     def set_state(self, pack_id: str, offset: int, state: str, reason: str = "") -> None:
@@ -323,60 +321,31 @@ class Index:
         """Return the packs with rows that are not admitted yet."""
         return [row[0] for row in self._db.execute("SELECT id FROM pack WHERE place = 'incoming'")]
 
-    def _add_row(self, pack_id: str, row: Row) -> None:
-        record, found = row.record, row.record.attributes
-        study = found.text(attributes.STUDY)
-        series = found.text(attributes.SERIES)
-        if row.state != "quarantined":
+    def _add_rows(self, pack_id: str, rows: list[Row]) -> None:
+        described = set()
+        for row in rows:
+            found = row.record.attributes
+            series = (found.text(attributes.STUDY), found.text(attributes.SERIES))
             # What nobody has decided about describes nothing.
-            self.describe(found)
-        received = found.received
-        self._insert(
-            "instance",
-            {
-                "pack": pack_id,
-                "offset": record.frame.offset,
-                "object_id": record.frame.object_id.hex(),
-                "dataset_length": record.frame.dataset_length,
-                "attributes_length": record.frame.attributes_length,
-                "state": row.state,
-                "reason": row.reason,
-                "study": study,
-                "series": series,
-                "uid": found.text(attributes.SOP_INSTANCE),
-                "sop_class": found.text(attributes.SOP_CLASS),
-                "transfer_syntax": found.transfer_syntax,
-                **_columns(found, _INSTANCE),
-                "undecoded": len(found.undecoded),
-                "received_at": received.at,
-                "association": received.association,
-                "calling": received.calling,
-                "called": received.called,
-                "address": received.address,
-                "certificate": received.certificate,
-            },
-        )
+            if row.state != "quarantined" and series not in described:
+                described.add(series)
+                self.describe(found)
+        self._db.conn.executemany(_INSERT_INSTANCE, [_instance(pack_id, row) for row in rows])
 
     def describe(self, found: Attributes) -> None:
         """Let an instance describe its study and series, unless another one did before."""
         study = found.text(attributes.STUDY)
         name = found.name("00100010")
-        self._insert(
-            "study",
-            {
-                "uid": study,
-                "patient_name": "=".join(name.get(g, "") for g in _GROUPS).rstrip("="),
-                **{column: fold(name.get(g, "")) for column, g in zip(_NAMES, _GROUPS, strict=True)},
-                **_columns(found, _STUDY),
-            },
+        self._db.execute(
+            _INSERT_STUDY,
+            [
+                study,
+                "=".join(name.get(g, "") for g in _GROUPS).rstrip("="),
+                *(fold(name.get(g, "")) for g in _GROUPS),
+                *_columns(found, _STUDY),
+            ],
         )
-        self._insert("series", {"study": study, "uid": found.text(attributes.SERIES), **_columns(found, _SERIES)})
-
-    def _insert(self, table: str, row: dict[str, Any]) -> None:
-        # The first instance of a study or series describes it; a repeated record changes nothing.
-        marks = ", ".join("?" * len(row))
-        names = ", ".join(f'"{name}"' for name in row)
-        self._db.execute(f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({marks})", list(row.values()))  # noqa: S608
+        self._db.execute(_INSERT_SERIES, [study, found.text(attributes.SERIES), *_columns(found, _SERIES)])
 
     # --- what readers ask
 
@@ -438,8 +407,52 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold().rstrip("^ ")
 
 
-def _columns(found: Attributes, columns: dict[str, str]) -> dict[str, str]:
-    return {column: found.text(tag) for column, tag in columns.items()}
+def _instance(pack_id: str, row: Row) -> list[str | int]:
+    """Return the values of _INSERT_INSTANCE."""
+    record, found = row.record, row.record.attributes
+    received = found.received
+    return [
+        pack_id,
+        record.frame.offset,
+        record.frame.object_id.hex(),
+        record.frame.dataset_length,
+        record.frame.attributes_length,
+        row.state,
+        row.reason,
+        found.text(attributes.STUDY),
+        found.text(attributes.SERIES),
+        found.text(attributes.SOP_INSTANCE),
+        found.text(attributes.SOP_CLASS),
+        found.transfer_syntax,
+        *_columns(found, _INSTANCE),
+        len(found.undecoded),
+        received.at,
+        received.association,
+        received.calling,
+        received.called,
+        received.address,
+        received.certificate,
+    ]
+
+
+def _columns(found: Attributes, columns: dict[str, str]) -> list[str]:
+    return [found.text(tag) for tag in columns.values()]
+
+
+def _insert(table: str, *columns: str) -> str:
+    # The first instance of a study or series describes it; a repeated record changes nothing.
+    marks = ", ".join("?" * len(columns))
+    return f"INSERT OR IGNORE INTO {table} ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608
+
+
+_INSERT_STUDY = _insert("study", "uid", "patient_name", *_NAMES, *_STUDY)
+_INSERT_SERIES = _insert("series", "study", "uid", *_SERIES)
+_INSERT_INSTANCE = _insert(
+    "instance",
+    *("pack", '"offset"', "object_id", "dataset_length", "attributes_length", "state", "reason"),
+    *("study", "series", "uid", "sop_class", "transfer_syntax", *(f'"{column}"' for column in _INSTANCE), "undecoded"),
+    *("received_at", "association", "calling", "called", "address", "certificate"),
+)
 
 
 def _place(row: Any) -> Place:

@@ -48,6 +48,7 @@ class Gate(msgspec.Struct, kw_only=True):
     private_key: str = "tls/server.key"
     trust: list[str] = msgspec.field(default_factory=list)
     peers: str = "peers.d"
+    workers: int = 0
     maximum_pdu: int = 131_072
     maximum_associations: int = 100
     request_seconds: int = 15
@@ -56,6 +57,10 @@ class Gate(msgspec.Struct, kw_only=True):
     pack_bytes: int = 1 << 30
     pack_idle_seconds: int = 5
     packs_per_peer: int = 16
+
+    def worker_count(self) -> int:
+        """Return how many worker processes receive."""
+        return self.workers or len(os.sched_getaffinity(0))
 
 
 class Control(msgspec.Struct, kw_only=True):
@@ -104,6 +109,7 @@ EXPLAINED = {
     "gate.trust": "Certificates of the authorities that issue peers' certificates, PEM.\n"
     "A peer also needs its own certificate in its file.",
     "gate.peers": "The folder of peer files, one a peer; changes are taken up while running.",
+    "gate.workers": "Processes that receive; 0 for as many as there are cores. Limits hold over all of them.",
     "gate.maximum_pdu": "Largest PDU accepted, in bytes, 4096 to 1048576; offered in the negotiation and enforced.",
     "gate.maximum_associations": "Connections at a time; more are closed at once.",
     "gate.request_seconds": "Time for the TLS handshake, and again for the association request.",
@@ -295,6 +301,7 @@ def _check(settings: Settings) -> list[str]:
     if not is_ae_title(gate.ae_title):
         errors.append("gate.ae_title: must be 1 to 16 characters, ASCII, no backslash")
     for name, low, high in (
+        ("workers", 0, 64),
         ("maximum_pdu", 4096, 1 << 20),
         ("maximum_associations", 1, 10_000),
         ("request_seconds", 1, 600),

@@ -9,6 +9,7 @@ from storescp.config import Config
 
 # Of the reserve, what even admission leaves: for key records, index, ledger and erasures.
 _LAST_PART = 4
+_MEASURE_AFTER = 16 << 20
 
 
 def free(path: Path) -> int:
@@ -29,6 +30,7 @@ class Watch:
         self._config = config
         self._reserve = config.settings.store.reserve_bytes
         self._room = 0
+        self._taken = 0
         self.look()
 
     def look(self) -> None:
@@ -38,15 +40,29 @@ class Watch:
         already. What is being copied counts twice for a moment: better refused once, and sent again, than lost.
         """
         config = self._config
+        self._taken = 0
         waiting = 0
         if config.incoming.stat().st_dev != os.stat(config.store_path).st_dev or config.settings.gate.user:
             with os.scandir(config.incoming) as entries:
                 waiting = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
         self._room = free(config.store_path) - waiting - self._reserve
 
+    @property
+    def room(self) -> int:
+        """What the archive may still take, in bytes."""
+        return self._room
+
+    def told(self, room: int) -> None:
+        """Take what another process measured."""
+        self._room = room
+        self._taken = 0
+
     def took(self, count: int) -> None:
-        """Count what arrived since the archive was measured."""
+        """Count what arrived since the archive was measured. Others count theirs: after much of it, measure again."""
         self._room -= count
+        self._taken += count
+        if self._taken > _MEASURE_AFTER:
+            self.look()
 
     def shortage(self) -> str:
         """Return why nothing more may be received now, empty if it may."""

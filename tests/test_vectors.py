@@ -30,8 +30,8 @@ import keys.versions
 from keys.anchors import FileAnchors
 from keys.slots import KeyFile, Passphrase, parse_key_file
 from storage.keysdb import KeysDatabase
-from storage.objects import OpenedPack, PackFile, Record, frames_digest
 from storage.pack import PackError
+from storage.packfile import OpenedPack, PackFile, Record, frames_digest
 
 VECTORS = Path(__file__).parent / "vectors"
 EXPECTED = json.loads((VECTORS / "expected.json").read_text())

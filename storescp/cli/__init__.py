@@ -27,6 +27,8 @@ _VERBS = {
     "reindex": ("storescp.cli.care", "Rebuild the index from packs and keys."),
     "upgrade": ("storescp.cli.care", "Bring a store of an older format to this release's."),
 }
+# What the gate starts itself.
+_HIDDEN = {"gate-worker": ("storescp.cli.serve", "Run a worker of the gate.")}
 
 
 class _Verbs(click.Group):
@@ -34,10 +36,11 @@ class _Verbs(click.Group):
         return list(_VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _VERBS:
+        verbs = _VERBS | _HIDDEN
+        if cmd_name not in verbs:
             return None
-        module = importlib.import_module(_VERBS[cmd_name][0])
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        module = importlib.import_module(verbs[cmd_name][0])
+        command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

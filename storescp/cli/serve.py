@@ -34,19 +34,32 @@ def serve_command(given: str | None, /) -> None:
 @click.command("gate")
 @click.pass_obj
 def gate_command(given: str | None, /) -> None:
-    r"""Run the gate alone: receives and deposits, opens nothing.
+    r"""Run the gate alone: receives and deposits with its workers, opens nothing.
 
     \b
     Example:
       $ strongroom gate
     Exit status: 0 stopped, 1 cannot start, 2 configuration.
     """
-    from storescp import supervisor
+    from storescp import child
     from storescp.gate import service
 
     config = _started("gate", given)
-    supervisor.die_with_parent()
+    child.die_with_parent()
     service.run(config)
+
+
+@click.command("gate-worker", hidden=True)
+@click.option("--channel", type=int, required=True, help="The inherited channel to the gate's first process.")
+@click.pass_obj
+def gate_worker_command(given: str | None, /, channel: int) -> None:
+    """Run a worker of the gate; the gate starts its workers itself."""
+    from storescp import child
+    from storescp.gate import worker
+
+    config = _started("gate", given)
+    child.die_with_parent()
+    worker.run(config, socket.socket(fileno=channel))
 
 
 @click.command("vault")
@@ -60,11 +73,11 @@ def vault_command(given: str | None, /, connection: int | None) -> None:
       $ strongroom vault
     Exit status: 0 stopped, 1 cannot start, 2 configuration.
     """
-    from storescp import supervisor
+    from storescp import child
     from storescp.vault import service
 
     config = _started("vault", given, quiet=connection is not None)
-    supervisor.die_with_parent()
+    child.die_with_parent()
     single = socket.socket(fileno=connection) if connection is not None else None
     service.run(config, single=single)
 
@@ -72,7 +85,7 @@ def vault_command(given: str | None, /, connection: int | None) -> None:
 def _started(process: str, given: str | None, *, quiet: bool = False) -> Config:
     config = config_of(given)
     # A gate's deposits must be readable by its group, which is the vault's when they are two users.
-    harden(0o027 if process == "gate" else 0o077)
+    harden(0o027 if process.startswith("gate") else 0o077)
     settings = config.settings.log
     log.set_up(process, settings.format, "error" if quiet else settings.level)
     return config

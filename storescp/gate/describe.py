@@ -38,22 +38,44 @@ _LEFT_OVER = re.compile("\x1b\\$\\)[AC]")
 pydicom.config.settings.reading_validation_mode = pydicom.config.RAISE
 
 
-def describe(
-    values: dict[int, tuple[str, bytes]], encoding: Encoding, transfer_syntax: str, received: Received
-) -> Attributes:
-    """Return the attributes of an object from the raw elements of its head."""
-    raw_names = values.get(CHARACTER_SET, ("CS", b""))[1]
-    names = [_spelt(part.strip("\0 ")) for part in raw_names.decode("ascii", "replace").split("\\")]
-    told = [name[:64] for name in names[:_NAMES_LIMIT]]
-    dataset: dict[str, Element] = {}
-    undecoded: dict[str, Undecoded] = {}
-    for tag, (vr, raw) in values.items():
-        key = f"{tag:08X}"
-        try:
-            dataset[key] = Element(vr, _values(vr, raw, names, encoding))
-        except (UnicodeError, LookupError, ValueError):
-            undecoded[key] = Undecoded(told, raw)
-    return Attributes(1, transfer_syntax, dataset, undecoded, received)
+class Describer:
+    """Describes the objects of an association; what an object has in common with the one before is decoded once."""
+
+    def __init__(self) -> None:
+        self._setting: tuple[bytes, Encoding] | None = None
+        self._before: dict[int, tuple[bytes, str, Element | Undecoded]] = {}
+
+    def describe(
+        self, values: dict[int, tuple[str, bytes]], encoding: Encoding, transfer_syntax: str, received: Received
+    ) -> Attributes:
+        """Return the attributes of an object from the raw elements of its head."""
+        raw_names = values.get(CHARACTER_SET, ("CS", b""))[1]
+        if self._setting != (raw_names, encoding):
+            self._setting = (raw_names, encoding)
+            self._before = {}
+        names = [_spelt(part.strip("\0 ")) for part in raw_names.decode("ascii", "replace").split("\\")]
+        before, now = self._before, {}
+        dataset: dict[str, Element] = {}
+        undecoded: dict[str, Undecoded] = {}
+        for tag, (vr, raw) in values.items():
+            known = before.get(tag)
+            if known is None or known[0] != raw:
+                known = (raw, f"{tag:08X}", _element(vr, raw, names, encoding))
+            now[tag] = known
+            _, key, found = known
+            if isinstance(found, Element):
+                dataset[key] = found
+            else:
+                undecoded[key] = found
+        self._before = now
+        return Attributes(1, transfer_syntax, dataset, undecoded, received)
+
+
+def _element(vr: str, raw: bytes, names: list[str], encoding: Encoding) -> Element | Undecoded:
+    try:
+        return Element(vr, _values(vr, raw, names, encoding))
+    except (UnicodeError, LookupError, ValueError):
+        return Undecoded([name[:64] for name in names[:_NAMES_LIMIT]], raw)
 
 
 def uid(values: dict[int, tuple[str, bytes]], tag: int) -> str:

@@ -57,9 +57,11 @@ class HeadParser:
         self.done = False
         self._implicit = encoding.implicit
         self._order = _LITTLE if encoding.little_endian else _BIG
+        # Tag and length of an element of the top level, with the VR where there is one.
+        self._head = struct.Struct(("<" if encoding.little_endian else ">") + ("HHI" if encoding.implicit else "HH2sH"))
         self._inflate = zlib.decompressobj(-15) if encoding.deflated else None
         self._seen: set[int] = set()
-        self._part = bytearray()
+        self._part = b""
         self._skip = 0
         self._count = 0
         # Open sequences and items of undefined length: kind ("sequence" or "item"), implicit within, order within.
@@ -105,57 +107,75 @@ class HeadParser:
             data = data[count:]
             if self._skip:
                 return
-        self._part += data
+        # What was kept is at most one incomplete element, so that joining copies little.
+        part = memoryview(self._part + data) if self._part else data
         position = 0
         while not self.done:
-            following = self._element(position)
+            following = self._nested(part, position) if self._open else self._walk(part, position)
             if following is None:
                 break
             position = following
-            if position > len(self._part):
-                self._skip = position - len(self._part)
-                position = len(self._part)
-                break
-        del self._part[:position]
+        self._skip = max(0, position - len(part))
+        self._part = b"" if self.done else bytes(part[position:])
 
-    def _element(self, position: int) -> int | None:
-        """Handle the element at a position; return where the next begins, or None if more bytes are needed."""
-        part = self._part
+    def _walk(self, part: memoryview, position: int) -> int | None:  # noqa: C901, PLR0912 (see the docstring's end)
+        """Pass over elements of the top level; return where the next begins, or None if the one there is incomplete.
+
+        Returns early where a sequence of undefined length begins. One loop without calls: this is where receiving many
+        small objects spends its time.
+        """
+        end = len(part)
+        start = position
+        read, short, long = self._head.unpack_from, _SHORT_VRS, self._order[2].unpack_from
+        values, seen = self.values, self._seen
+        while end - position >= 8:
+            if self._implicit:
+                group, number, length = read(part, position)
+                vr, content = b"", position + 8
+            else:
+                group, number, vr, length = read(part, position)
+                content = position + 8
+            tag = group << 16 | number
+            if tag > LAST_WANTED:
+                self.done = True
+                return position
+            if group < 0x0008:
+                raise HeadError("a data set begins with an element of a file's or command's group")
+            if vr not in short and vr:
+                # A VR of a later edition is encoded like the long ones (PS3.5 6.2).
+                if vr not in _LONG_VRS and not (vr.isalpha() and vr.isupper()):
+                    raise HeadError("an element has no VR where one must be")
+                if end - position < 12:
+                    break
+                length = long(part, position + 8)[0]
+                content = position + 12
+            wanted = tag in WANTED and length != _UNDEFINED
+            if wanted:
+                if tag in seen:
+                    raise HeadError("a data set holds an element twice")
+                if length <= VALUE_LIMIT and end < content + length:
+                    break
+                seen.add(tag)
+                if length <= VALUE_LIMIT:
+                    # The VR of the dictionary, whatever the data set says: a UID must be a UID for everybody who
+                    # reads on.
+                    values[tag] = (WANTED[tag], bytes(part[content : content + length]))
+            self._counted()
+            if length == _UNDEFINED:
+                self._open_sequence(vr)
+                return content
+            position = content + length
+        return position if position > start else None
+
+    def _nested(self, part: memoryview, position: int) -> int | None:
+        """Handle what stands at a position within sequences; return where the next begins, or None."""
         if len(part) - position < 8:
             return None
-        order = self._open[-1][2] if self._open else self._order
+        kind, implicit, order = self._open[-1]
         group, number = order[0].unpack_from(part, position)
         tag = group << 16 | number
-        if self._open:
-            return self._nested(tag, position)
-        if tag > LAST_WANTED:
-            self.done = True
-            return position
-        if group < 0x0008:
-            raise HeadError("a data set begins with an element of a file's or command's group")
-        header = self._lengths(position, self._implicit, order)
-        if header is None:
-            return None
-        vr, start, length = header
-        self._counted()
-        if length == _UNDEFINED:
-            self._open_sequence(vr)
-            return start
-        if tag in WANTED:
-            if tag in self._seen:
-                raise HeadError("a data set holds an element twice")
-            if length <= VALUE_LIMIT and len(part) < start + length:
-                return None
-            self._seen.add(tag)
-        if tag in WANTED and length <= VALUE_LIMIT:
-            # The VR of the dictionary, whatever the data set says: a UID must be a UID for everybody who reads on.
-            self.values[tag] = (WANTED[tag], bytes(part[start : start + length]))
-        return start + length
-
-    def _nested(self, tag: int, position: int) -> int | None:
-        kind, implicit, order = self._open[-1]
         if kind == "sequence":
-            length = order[2].unpack_from(self._part, position + 4)[0]
+            length = int(order[2].unpack_from(part, position + 4)[0])
             if tag == _SEQUENCE_END:
                 self._open.pop()
                 return position + 8
@@ -165,11 +185,11 @@ class HeadParser:
             if length == _UNDEFINED:
                 self._push("item", implicit, order)
                 return position + 8
-            return position + 8 + int(length)
+            return position + 8 + length
         if tag == _ITEM_END:
             self._open.pop()
             return position + 8
-        header = self._lengths(position, implicit, order)
+        header = _lengths(part, position, implicit, order)
         if header is None:
             return None
         vr, start, length = header
@@ -194,17 +214,17 @@ class HeadParser:
         if self._count > ELEMENT_LIMIT:
             raise HeadError("a data set has too many elements before its end is known")
 
-    def _lengths(self, position: int, implicit: bool, order: _Order) -> tuple[bytes, int, int] | None:
-        """Return VR, start and length of a value, or None if more bytes are needed."""
-        part = self._part
-        if implicit:
-            return b"", position + 8, int(order[2].unpack_from(part, position + 4)[0])
-        vr = bytes(part[position + 4 : position + 6])
-        if vr in _SHORT_VRS:
-            return vr, position + 8, int(order[1].unpack_from(part, position + 6)[0])
-        # A VR of a later edition is encoded like the long ones (PS3.5 6.2).
-        if vr not in _LONG_VRS and not (vr.isalpha() and vr.isupper()):
-            raise HeadError("an element has no VR where one must be")
-        if len(part) - position < 12:
-            return None
-        return vr, position + 12, int(order[2].unpack_from(part, position + 8)[0])
+
+def _lengths(part: memoryview, position: int, implicit: bool, order: _Order) -> tuple[bytes, int, int] | None:
+    """Return VR, start and length of a value, or None if more bytes are needed."""
+    if implicit:
+        return b"", position + 8, int(order[2].unpack_from(part, position + 4)[0])
+    vr = bytes(part[position + 4 : position + 6])
+    if vr in _SHORT_VRS:
+        return vr, position + 8, int(order[1].unpack_from(part, position + 6)[0])
+    # A VR of a later edition is encoded like the long ones (PS3.5 6.2).
+    if vr not in _LONG_VRS and not (vr.isalpha() and vr.isupper()):
+        raise HeadError("an element has no VR where one must be")
+    if len(part) - position < 12:
+        return None
+    return vr, position + 12, int(order[2].unpack_from(part, position + 8)[0])

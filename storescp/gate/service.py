@@ -1,24 +1,30 @@
-"""The gate process: peers and certificates watched, packs closed when idle, associations drained at the end."""
+"""The gate's first process: accepts connections, counts them, hands each to a worker; parses nothing, has no keys.
+
+One process counts, so that limits hold over all workers; what a worker held is free again when it dies.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import selectors
 import signal
-import ssl
-import threading
-from types import FrameType
+import socket
+import time
 
-from keys.versions import store_id_of
-from storage.deposit import DepositError, Deposits, PublishedKeys
 from storescp import notify, peers, space
-from storescp.config import Config
+from storescp.child import Child
+from storescp.config import Config, Gate, parse_address
 from storescp.errors import StrongroomError
-from storescp.gate.listener import Listener, Policy
-from storescp.gate.tls import server_context
+from storescp.gate import channel
+from storescp.gate.channel import ChannelError, Message
 from storescp.harden import check_gate
-from storescp.peers import PeerError
 
+_BACKLOG = 128
 _TICK_SECONDS = 0.5
+_START_SECONDS = 25.0
+# What accepting waits when the process is out of descriptors or memory: connections that end free some.
+_EXHAUSTED_SECONDS = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -29,82 +35,237 @@ def run(config: Config) -> None:
     Raises:
         StrongroomError: It cannot start.
     """
-    stop = threading.Event()
-    reload = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, lambda *_: stop.set())
-
-    def on_hangup(_signal: int, _frame: FrameType | None) -> None:
-        reload.set()
-
-    signal.signal(signal.SIGHUP, on_hangup)
-    gate = config.settings.gate
     check_gate(config)
-    deposits = Deposits(
-        config.incoming,
-        store_id_of(config.signing_key),
-        PublishedKeys(config.public, config.signing_key),
-        size_limit=gate.pack_bytes,
-        idle_seconds=gate.pack_idle_seconds,
-        open_per_peer=gate.packs_per_peer,
-    )
-    watched = _stamp(config)
     try:
-        deposits.check()
-        watch = space.Watch(config)
-        listener = Listener(gate, _policy(config), deposits, watch)
-    except (DepositError, PeerError, OSError) as error:
+        gate = _Gate(config)
+    except OSError as error:
         raise StrongroomError(f"the gate cannot start: {error}") from error
-    listener.start()
-    log.info("listening on %s as %s", ", ".join(listener.addresses), gate.ae_title)
-    if not listener.policy.peers.by_title:
-        log.warning("no peers are configured: nobody can associate; 'strongroom peer add' adds one")
-    notify.ready()
-    short = ""
-    while not stop.wait(_TICK_SECONDS):
-        listener.enforce()
-        if reload.is_set() or _stamp(config) != watched:
-            reload.clear()
-            watched = _stamp(config)
-            _reload(config, listener)
-        try:
-            short = _told(watch, short)
-            deposits.close_idle()
-        except (DepositError, OSError) as error:
-            log.error("open packs and space cannot be looked after: %s", error)
-    log.info("stopping: associations in transfer have %d s to finish", gate.drain_seconds)
-    notify.stopping()
-    listener.stop()
-    deposits.close_all()
+    try:
+        gate.start()
+        while gate.serve():
+            pass
+    finally:
+        gate.stop()
     log.info("stopped")
 
 
-def _told(watch: space.Watch, before: str) -> str:
-    """Measure the space; say when it ends and when it comes back."""
-    watch.look()
-    short = watch.shortage()
-    if short and not before:
-        log.error("nothing more is received, C-STORE is answered A700: %s", short)
-    if before and not short:
-        log.info("receiving again: there is space")
-    return short
+class _Worker:
+    """A worker process, and what it serves."""
+
+    def __init__(self, config: Config, number: int) -> None:
+        self.child = Child(config, f"gate's worker {number}", ["gate-worker", "--channel"])
+        self.channel: socket.socket | None = None
+        self.ready = False
+        self.connections: set[int] = set()
+
+    def start(self) -> socket.socket:
+        """Start the process; return this end of its channel."""
+        ours, theirs = channel.pair()
+        with theirs:
+            self.child.start(str(theirs.fileno()), descriptors=[theirs.fileno()])
+        ours.setblocking(False)
+        self.channel = ours
+        return ours
+
+    def send(self, message: Message, *descriptors: int) -> bool:
+        """Send a message; tell whether the worker will get it."""
+        if self.channel is None:
+            return False
+        try:
+            channel.send(self.channel, message, *descriptors)
+        except OSError:
+            return False
+        return True
 
 
-def _policy(config: Config) -> Policy:
-    found = peers.read_all(config.peers)
-    return Policy(found, server_context(config.certificate, config.private_key, config.trust, found))
+class _Gate:
+    """Listeners, workers, and the count of connections."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._settings: Gate = config.settings.gate
+        self._watch = space.Watch(config)
+        self._selector = selectors.DefaultSelector()
+        self._workers = [_Worker(config, number + 1) for number in range(self._settings.worker_count())]
+        self._count = 0
+        self._stopping = False
+        self._reload = False
+        self._looked = 0.0
+        self._stamp = self._files()
+        self._peers = 0
+        self._kept = ""
+        self._short = ""
+        self._listeners = [_bind(*parse_address(address)) for address in self._settings.listen]
+        # A signal makes the selector's wait end.
+        self._wakeup, wake = socket.socketpair()
+        self._wakeup.setblocking(False)
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.detach())
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._end())
+        signal.signal(signal.SIGHUP, lambda *_: self._again())
+
+    def start(self) -> None:
+        """Start the workers and, when each is ready, to accept.
+
+        Raises:
+            StrongroomError: One did not become ready.
+        """
+        for worker in self._workers:
+            self._selector.register(worker.start(), selectors.EVENT_READ, worker)
+        deadline = time.monotonic() + _START_SECONDS
+        while not all(worker.ready for worker in self._workers):
+            self._step(0.1)
+            if self._stopping:
+                return
+            if any(worker.channel is None for worker in self._workers) or time.monotonic() > deadline:
+                raise StrongroomError("the gate cannot start: a worker did not; the log says why")
+        for listening in self._listeners:
+            self._selector.register(listening, selectors.EVENT_READ, listening)
+        addresses = ", ".join(_name(s.getsockname()) for s in self._listeners)
+        log.info("listening on %s as %s, %d workers", addresses, self._settings.ae_title, len(self._workers))
+        if not self._peers:
+            log.warning("no peers are configured: nobody can associate; 'strongroom peer add' adds one")
+        notify.ready()
+
+    def serve(self) -> bool:
+        """Do what there is to do; tell whether to go on."""
+        self._step(max(0.0, self._looked + _TICK_SECONDS - time.monotonic()))
+        if time.monotonic() - self._looked >= _TICK_SECONDS:
+            self._looked = time.monotonic()
+            self._look()
+        return not self._stopping
+
+    def stop(self) -> None:
+        """Accept no more; let the workers drain."""
+        for listening in self._listeners:
+            listening.close()
+        log.info("stopping: associations in transfer have %d s to finish", self._settings.drain_seconds)
+        notify.stopping()
+        for worker in self._workers:
+            worker.child.signal(signal.SIGTERM)
+        for worker in self._workers:
+            worker.child.stop(self._settings.drain_seconds + 6.0)
+
+    def _end(self) -> None:
+        self._stopping = True
+
+    def _again(self) -> None:
+        self._reload = True
+
+    def _step(self, seconds: float) -> None:
+        for key, _ in self._selector.select(seconds):
+            if isinstance(key.data, _Worker):
+                self._hear(key.data)
+            elif isinstance(key.data, socket.socket):
+                self._accept(key.data)
+            else:
+                with contextlib.suppress(BlockingIOError):
+                    self._wakeup.recv(64)
+
+    def _look(self) -> None:
+        """Do what is done twice a second: dead workers, changed files, free space."""
+        for worker in self._workers:
+            if worker.child.is_due():
+                self._lose(worker)
+                self._selector.register(worker.start(), selectors.EVENT_READ, worker)
+        if self._reload or self._files() != self._stamp:
+            self._reload = False
+            self._stamp = self._files()
+            self._peers, self._kept = -1, ""
+            for worker in self._workers:
+                worker.send(Message("reload"))
+        try:
+            self._tell_space()
+        except OSError as error:
+            log.error("free space cannot be measured: %s", error)
+
+    def _tell_space(self) -> None:
+        self._watch.look()
+        for worker in self._workers:
+            worker.send(Message("room", self._watch.room))
+        short = self._watch.shortage()
+        if short and not self._short:
+            log.error("nothing more is received, C-STORE is answered A700: %s", short)
+        if self._short and not short:
+            log.info("receiving again: there is space")
+        self._short = short
+
+    # --- workers
+
+    def _hear(self, worker: _Worker) -> None:
+        if worker.channel is None:
+            return
+        try:
+            message, _ = channel.receive(worker.channel)
+        except BlockingIOError:
+            return
+        except (ChannelError, OSError):
+            self._lose(worker)
+            return
+        match message.kind:
+            case "ended":
+                # Only what it was given: a worker that is broken into frees nobody else's.
+                worker.connections.discard(message.number)
+            case "ready":
+                worker.ready = True
+                self._peers = message.number
+            case "peers" if self._peers != message.number:
+                self._peers = message.number
+                log.info("peers and certificates read: %d peers", message.number)
+            case "kept" if self._kept != message.text:
+                self._kept = message.text
+                log.error("peers and certificates stay as they were: %s", message.text)
+
+    def _lose(self, worker: _Worker) -> None:
+        """Let go of a worker that ended: what it served ended with it."""
+        if worker.channel is not None:
+            self._selector.unregister(worker.channel)
+            worker.channel.close()
+        worker.channel, worker.ready = None, False
+        worker.connections.clear()
+        worker.child.signal(signal.SIGKILL)
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            sock, found = listening.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            log.error("a connection cannot be accepted: %s", error.strerror)
+            time.sleep(_EXHAUSTED_SECONDS)
+            return
+        address = _name(found)
+        with sock:
+            if sum(len(w.connections) for w in self._workers) >= self._settings.maximum_associations:
+                log.warning("connection from %s closed: the limit of associations is reached", address)
+                return
+            self._count += 1
+            for worker in sorted(self._workers, key=lambda w: len(w.connections)):
+                if worker.ready and worker.send(Message("connection", self._count, address), sock.fileno()):
+                    worker.connections.add(self._count)
+                    return
+            log.warning("connection from %s closed: no worker can take it now", address)
+
+    def _files(self) -> object:
+        config = self._config
+        files = (config.certificate, config.private_key, *config.trust)
+        return peers.stamp(config.peers), [f.stat().st_mtime_ns if f.exists() else 0 for f in files]
 
 
-def _reload(config: Config, listener: Listener) -> None:
-    try:
-        listener.policy = _policy(config)
-    except (PeerError, OSError) as error:
-        reason = "a certificate or key cannot be read" if isinstance(error, ssl.SSLError) else str(error)
-        log.error("peers and certificates stay as they were: %s", reason)
-        return
-    log.info("peers and certificates read: %d peers", len(listener.policy.peers.by_title))
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind((host, port))
+    sock.setblocking(False)
+    sock.listen(_BACKLOG)
+    return sock
 
 
-def _stamp(config: Config) -> object:
-    files = (config.certificate, config.private_key, *config.trust)
-    return peers.stamp(config.peers), [f.stat().st_mtime_ns if f.exists() else 0 for f in files]
+def _name(address: tuple[str, int]) -> str:
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -18,16 +18,16 @@ from keys import authority, keyring, slots
 from keys.anchors import AnchorError
 from keys.keyring import KeyringError
 from keys.seal import SealError, plain_length
-from storage.index import LEVELS, FilterError, Filters
+from storage.archive import Archive
+from storage.index import LEVELS, FilterError, Filters, Index
 from storage.ledger import Decision
-from storage.objects import Archive, PackFile
 from storage.pack import PAGE, PackError
+from storage.packfile import PackFile
 from storescp import space
 from storescp.config import Config
 from storescp.control import Request, Response, json_response, lines_response
 from storescp.errors import NOTHING, StrongroomError
 from storescp.vault.admit import open_pack
-from storescp.vault.opened import Open
 from storescp.vault.state import Vault
 from storescp.vault.verify import verify
 
@@ -128,10 +128,11 @@ class Access:
     # --- what the store holds
 
     def _status(self, _request: Request) -> Response:
-        self._vault.admit()
+        # Nothing is admitted here: who watches the lag must not change it.
         config = self._config
         header = keyring.read_header(config.keyring)
-        with self._vault.admitting() as opened:
+        opened = self._vault.opened
+        with contextlib.nullcontext() if opened is None else opened.reader() as reader:
             archive = Archive(config.store_path, config.incoming)
             short = space.Watch(config).shortage()
             status: dict[str, Any] = {
@@ -146,11 +147,11 @@ class Access:
                 "slots": [{"id": s.id, "type": s.type, "label": s.label, "created": s.created} for s in header.slots],
                 "warnings": [TOTAL_LOSS],
             }
-            if opened is not None:
+            if opened is not None and reader is not None:
                 status["key_version"] = opened.ring.current().version
-                status["counts"] = opened.index.counts()
-                status["last_store"] = opened.index.last_stores()
-                status["quarantine"] = len(_items(opened))
+                status["counts"] = reader.index.counts()
+                status["last_store"] = reader.index.last_stores()
+                status["quarantine"] = len(_items(opened.archive, reader.index))
         status["warnings"] += _warnings(status, short)
         return json_response(status)
 
@@ -210,7 +211,8 @@ class Access:
     def _quarantine(self, _request: Request) -> Response:
         self._vault.admit()
         with self._vault.admitting():
-            return json_response({"format": 1, "items": _items(self._vault.unlocked())})
+            opened = self._vault.unlocked()
+            return json_response({"format": 1, "items": _items(opened.archive, opened.index)})
 
     def _resolve(self, request: Request) -> Response:
         asked: ResolveRequest = request.json(ResolveRequest)
@@ -218,7 +220,7 @@ class Access:
             raise StrongroomError("a decision is 'accept' or 'discard', with a reason")
         with self._vault.admitting():
             opened = self._vault.unlocked()
-            items = _items(opened)
+            items = _items(opened.archive, opened.index)
             item = next((i for i in items if i["id"] == asked.id), None)
             if item is None:
                 raise StrongroomError(
@@ -269,14 +271,14 @@ class Access:
         return json_response({"certificate": pem.decode(), "authority": ca.certificate})
 
 
-def _items(opened: Open) -> list[dict[str, Any]]:
+def _items(archive: Archive, index: Index) -> list[dict[str, Any]]:
     """Return what is in quarantine: instances that open, and files of which nothing does."""
     items = []
-    for row in opened.index.quarantined():
+    for row in index.quarantined():
         pack_id, offset = row.pop("id"), row.pop("offset")
         items.append({"id": f"{pack_id[:12]}-{offset // PAGE}", "pack": pack_id, "opens": True, **row})
-    known = {item["pack"] for item in items} | set(opened.index.packs_in("quarantine"))
-    for path in opened.archive.quarantine_files():
+    known = {item["pack"] for item in items} | set(index.packs_in("quarantine"))
+    for path in archive.quarantine_files():
         if path.name not in known:
             size = path.stat().st_size
             reason = "nothing in it opens"

@@ -29,11 +29,12 @@ from keys.keyring import Keyring, KeyringError, UnknownVersionError
 from keys.seal import SealError
 from keys.versions import StudyKeyPlace
 from storage import attributes, pack
+from storage.archive import Archive
 from storage.attributes import AttributesError
 from storage.index import Index, Patient, Place, Row
 from storage.keysdb import KeysDatabase, StudyKeyRecord
 from storage.ledger import Decision, Ledger
-from storage.objects import Archive, OpenedPack, PackFile, Record, Unreadable, frames_digest
+from storage.packfile import OpenedPack, PackFile, Record, Unreadable, frames_digest
 from storage.sqlite import DatabaseError
 from storescp.vault.judge import OTHER_CONTENT, OTHER_KEY, Verdict, judge, patient_of
 
@@ -42,6 +43,8 @@ _UNFINISHED_SECONDS = 60
 # Holes in an honest deposit are the gaps of under 4,096 bytes behind its records.
 _SPARSE_LIMIT = 64 << 20
 _ROWS_AT_ONCE = 500
+# How often records of packs that stay open are listed though nobody asks.
+_LIST_SECONDS = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +106,7 @@ class Admission:
         self._lock = threading.Lock()
         self._said: set[str] = set()
         self._interrupted = False
+        self._listed: dict[str, float] = {}
 
     # --- the whole of incoming/
 
@@ -129,20 +133,45 @@ class Admission:
         When this returns, everything that was acknowledged before it was called can be found.
         """
         with self._lock:
-            if self._interrupted:
-                self._finish_all()
-                self._interrupted = False
+            self._recover()
             deposits = self._archive.deposits()
             admitted = sum(self._look_at(path) for path in deposits)
             self._tidy({path.name for path in deposits})
         return admitted
 
-    def _look_at(self, path: Path) -> bool:
+    def advance(self, seconds: float) -> tuple[int, bool]:
+        """Do what fits a time, the oldest deposits first; return how many were admitted, and whether that was all.
+
+        Records of packs that stay open are listed now and then only: each would be read twice.
+        """
+        until = time.monotonic() + seconds
+        admitted = 0
+        with self._lock:
+            self._recover()
+            deposits = self._archive.deposits()
+            for path in deposits:
+                if time.monotonic() > until:
+                    return admitted, False
+                admitted += self._look_at(path, seldom=True)
+            present = {path.name for path in deposits}
+            self._listed = {name: when for name, when in self._listed.items() if name in present}
+            self._tidy(present)
+        return admitted, True
+
+    def _recover(self) -> None:
+        if self._interrupted:
+            self._finish_all()
+            self._interrupted = False
+
+    def _look_at(self, path: Path, *, seldom: bool = False) -> bool:
         try:
             if not self._acceptable(path):
                 return False
             with PackFile(path, write=not self._copies) as file:
-                return self._admit(file) if file.try_lock() else self._list_open(file)
+                if file.try_lock():
+                    return self._admit(file)
+                if not seldom or self._is_long_open(path.name):
+                    self._list_open(file)
         except (pack.PackError, SealError, AttributesError, UnknownVersionError) as error:
             self._set_aside(path, str(error))
         except (KeyringError, AnchorError, OSError, DatabaseError) as error:
@@ -174,7 +203,15 @@ class Admission:
         self._said.discard("room")
         return True
 
-    def _list_open(self, file: PackFile) -> bool:
+    def _is_long_open(self, pack_id: str) -> bool:
+        """Tell whether an open pack was neither seen nor listed for a while."""
+        now = time.monotonic()
+        if now - self._listed.setdefault(pack_id, now) < _LIST_SECONDS:
+            return False
+        self._listed[pack_id] = now
+        return True
+
+    def _list_open(self, file: PackFile) -> None:
         pack_id = file.path.name
         scanned = self._index.scanned(pack_id)
         if (scanned or pack.PAGE) < file.size and self._keys_db.find(pack_id) is None:
@@ -194,7 +231,6 @@ class Admission:
                     rows = []
             if rows:
                 self._index.add(pack_id, study, rows, end)
-        return False
 
     # --- one closed deposit
 

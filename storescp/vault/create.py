@@ -12,8 +12,8 @@ import msgspec
 
 from keys import authority, encoding, keyring, slots
 from keys.anchors import FileAnchors
+from storage.archive import Archive
 from storage.keysdb import KeysDatabase
-from storage.objects import Archive
 from storescp.config import Config, Settings, Store, render
 from storescp.errors import StrongroomError
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import msgspec
 
 from keys.keyring import Keyring
+from storage.archive import Archive
 from storage.index import Index
 from storage.keysdb import KeysDatabase
 from storage.ledger import Ledger
-from storage.objects import Archive
 from storescp import space
 from storescp.config import Config
 from storescp.errors import StrongroomError

@@ -101,12 +101,19 @@ class Vault:
                 log.info("locked")
 
     def admit(self) -> None:
-        """Admit what waits, if unlocked."""
+        """Admit what waits and list what is still open, if unlocked: for somebody who asks."""
         with self._state:
             if self._open is not None:
-                count = self._open.admission.catch_up()
-                if count:
-                    log.info("admitted %d packs", count)
+                _told(self._open.admission.catch_up())
+
+    def advance(self, seconds: float) -> bool:
+        """Admit for a time, if unlocked; tell whether nothing is left that can be admitted now."""
+        with self._state:
+            if self._open is None:
+                return True
+            count, done = self._open.admission.advance(seconds)
+        _told(count)
+        return done
 
     def upgrade(self, secret: slots.Secret) -> list[str]:
         """Bring a store of an older format to this release's; return what was done.
@@ -126,3 +133,8 @@ class Vault:
                 raise StrongroomError(str(error)) from error
             ring.forget()
         return done
+
+
+def _told(count: int) -> None:
+    if count:
+        log.info("admitted %d packs", count)

@@ -10,8 +10,8 @@ from keys.anchors import AnchorError
 from keys.keyring import KeyringError
 from keys.seal import SealError
 from storage.keysdb import StudyKeyRecord
-from storage.objects import PackFile, Record, frames_digest
 from storage.pack import PackError
+from storage.packfile import PackFile, Record, frames_digest
 from storescp.errors import LOCKED, StrongroomError
 from storescp.vault.admit import open_pack
 from storescp.vault.opened import Open, Reader

@@ -45,8 +45,8 @@ def test_random_kills_lose_nothing_acknowledged(make_server: Callable[[], Server
     number = 0
     for round_number in range(ROUNDS):
         server.start()
-        victim = chance.choice(["gate", "vault", "serve"])
-        timer = threading.Timer(chance.uniform(0.05, 1.5), _kill, (server, victim))
+        victim = chance.choice(["gate", "gate-worker", "vault", "serve"])
+        timer = threading.Timer(chance.uniform(0.05, 1.5), server.kill, (victim,))
         timer.start()
         try:
             while timer.is_alive():
@@ -58,9 +58,8 @@ def test_random_kills_lose_nothing_acknowledged(make_server: Callable[[], Server
                         acknowledged[item.sop_instance] = item.data
         finally:
             timer.join()
-            for verb in ("serve", "gate", "vault"):
-                _kill(server, verb)
             server.stop(signal.SIGKILL)
+            server.kill_all()
         if round_number % 10 == ROUNDS % 10 or round_number == ROUNDS - 1:
             out = tmp_path / f"out-{round_number}"
             assert server.run("export", "--all", "--to", out).status in {0, 5}
@@ -69,9 +68,3 @@ def test_random_kills_lose_nothing_acknowledged(make_server: Callable[[], Server
             assert held.items() <= sent.items()
             assert server.run("verify").status == 0
     assert len(acknowledged) > ROUNDS
-
-
-def _kill(server: Server, verb: str) -> None:
-    for pid in server.pids(verb):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)

@@ -23,9 +23,9 @@ FORMAT = "an object's attributes have an unknown format"
 SYNTAX = "an object's transfer syntax is no UID"
 TAG = "an object's attributes hold a malformed tag or VR"
 NO_UID = "an object lacks a UID, or one is malformed"
-NAME = "an object's attributes hold a malformed name"
+NAME = "an object's attributes are malformed"
 CONTROL = "an object's attributes hold control characters"
-KIND = "an object's attributes hold a value of an unknown kind"
+KIND = "an object's attributes are malformed"
 REMOVED = object()
 
 
@@ -141,7 +141,8 @@ def test_an_element_is_asked_as_text_or_name(tag: str, text: str, name: dict[str
             "", ".1", "1.", "1..2", "1.2 ", " 1.2", "1.a", "1.2\n", "1" * 65, "1.٢", "../x", None, {"Alphabetic": "1"},
         )),
         # A UID is text; a number would be some other text again.
-        *((changed(f"dataset/{attributes.SOP_INSTANCE}/Value/0", uid), NO_UID) for uid in (12, 1.5, True, 10**30)),
+        *((changed(f"dataset/{attributes.SOP_INSTANCE}/Value/0", uid), NO_UID) for uid in (12, 1.5, 10**30)),
+        (changed(f"dataset/{attributes.SOP_INSTANCE}/Value/0", True), KIND),
         *((changed("dataset/00100010/Value/0", name), NAME) for name in (
             {"alphabetic": "x"}, {"Alphabetic": 1}, {"Alphabetic": None}, {"Alphabetic": {"Alphabetic": "x"}},
             {"Alphabetic": ["x"]}, {"Alphabetic": "x", "Other": "y"}, {"": ""},

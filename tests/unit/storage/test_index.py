@@ -13,8 +13,8 @@ import pytest
 from storage import attributes
 from storage.attributes import Attributes, Element, Received, Undecoded
 from storage.index import FilterError, Filters, Index, Place, Row, date_range, fold
-from storage.objects import Record
 from storage.pack import PAGE, Frame
+from storage.packfile import Record
 from storage.sqlite import DatabaseError, connect
 
 KEY = (bytes(range(32)), bytes(range(16)))

@@ -26,7 +26,7 @@ from pynetdicom.dsutils import encode as encode_dataset
 from storage import attributes
 from storage.attributes import Attributes, AttributesError, Received
 from storescp.gate import head
-from storescp.gate.describe import describe, uid
+from storescp.gate.describe import Describer, uid
 from storescp.gate.head import DEPTH_LIMIT, ELEMENT_LIMIT, LAST_WANTED, VALUE_LIMIT, WANTED, HeadError, HeadParser
 from storescp.gate.transfer import ENCODINGS, Encoding
 
@@ -247,7 +247,7 @@ def test_one_data_set_has_the_same_values_in_every_encoding(name: str, undefined
 
 
 def described_text(values: Values, encoding: Encoding) -> dict[int, list[Any]]:
-    dataset = describe(values, encoding, "1.2", RECEIVED).dataset
+    dataset = Describer().describe(values, encoding, "1.2", RECEIVED).dataset
     return {
         int(tag, 16): [
             "=".join(v.get(g, "") for g in ("Alphabetic", "Ideographic", "Phonetic")).rstrip("=")
@@ -552,7 +552,7 @@ GROUPS = ("Alphabetic", "Ideographic", "Phonetic")
 
 def through(values: Values, encoding: Encoding = EXPLICIT) -> Attributes:
     """Describe values, and take the way that they take to the vault."""
-    described = describe({**UIDS, **values}, encoding, "1.2.840.10008.1.2.1", RECEIVED)
+    described = Describer().describe({**UIDS, **values}, encoding, "1.2.840.10008.1.2.1", RECEIVED)
     arrived = attributes.decode(attributes.encode(described))
     assert arrived == described
     return arrived
@@ -568,7 +568,7 @@ def test_the_text_of_a_file_in_another_script_is_that_of_pydicom(path: str) -> N
     content, encoding, dataset = body(Path(path))
     values, error = parse([content], encoding)
     assert not error
-    described = describe(values, encoding, "1.2", RECEIVED)
+    described = Describer().describe(values, encoding, "1.2", RECEIVED)
     assert described.undecoded == {}
     for tag, (vr, raw) in values.items():
         value = dataset[tag].value

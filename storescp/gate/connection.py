@@ -1,4 +1,4 @@
-"""Accepting connections: limits before TLS, the handshake in the connection's own thread, draining at the end."""
+"""One connection from TLS handshake to its end, in a thread of its own; and all of a worker's together."""
 
 from __future__ import annotations
 
@@ -9,33 +9,20 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 
 from storage.deposit import Deposits
-from storescp.config import Gate, parse_address
+from storescp.config import Gate
 from storescp.gate import negotiate, tls, wire
-from storescp.gate.receive import Association, Origin, close, new_association_id
+from storescp.gate.incoming import Origin
+from storescp.gate.receive import Association, new_association_id
+from storescp.gate.stream import Stream
 from storescp.peers import Peers
 from storescp.space import Watch
 
-_BACKLOG = 128
+_REQUEST_BYTES = 32_768
 
 log = logging.getLogger(__name__)
-
-
-class _Connection:
-    """A connection and what it is doing: at most one thread writes each of these, and others only read them."""
-
-    def __init__(self, sock: socket.socket, address: str) -> None:
-        self.socket = sock
-        self.address = address
-        self.thread: threading.Thread | None = None
-        self.association: Association | None = None
-        self.deadline: float | None = None
-
-    def shut(self) -> None:
-        """Make the connection's thread see an end of data. Not by SSLSocket.shutdown: it drops the TLS state."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
 
 class Policy:
@@ -46,15 +33,26 @@ class Policy:
         self.context = context
 
 
-class Listener:
-    """Listens on the configured addresses and runs each connection in a thread of its own."""
+class _Connection:
+    """A connection and what it is doing: at most one thread writes each of these, and others only read them."""
+
+    def __init__(self, sock: socket.socket, address: str) -> None:
+        self.socket = sock
+        self.address = address
+        self.thread: threading.Thread | None = None
+        self.associated = False
+        self.deadline: float | None = None
+
+    def shut(self) -> None:
+        """Make the connection's thread see an end of data. Not by SSLSocket.shutdown: it drops the TLS state."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+
+
+class Connections:
+    """The connections of a worker."""
 
     def __init__(self, settings: Gate, policy: Policy, deposits: Deposits, space: Watch) -> None:
-        """Bind the addresses.
-
-        Raises:
-            OSError: One cannot be bound.
-        """
         self.policy = policy
         self._settings = settings
         self._deposits = deposits
@@ -62,17 +60,15 @@ class Listener:
         self._lock = threading.Lock()
         self._running: set[_Connection] = set()
         self._stopping = threading.Event()
-        self._sockets = [_bind(*parse_address(address)) for address in settings.listen]
 
-    @property
-    def addresses(self) -> list[str]:
-        """Where it listens, with the ports that the system chose."""
-        return [_name(s.getsockname()) for s in self._sockets]
-
-    def start(self) -> None:
-        """Begin to accept, in a thread an address."""
-        for sock in self._sockets:
-            threading.Thread(target=self._accept, args=(sock,), daemon=True, name="accept").start()
+    def take(self, sock: socket.socket, address: str, ended: Callable[[], None]) -> None:
+        """Serve a connection in a thread of its own; ``ended`` is called there when it is over."""
+        connection = _Connection(sock, address)
+        connection.deadline = time.monotonic() + self._settings.request_seconds
+        with self._lock:
+            self._running.add(connection)
+        connection.thread = threading.Thread(target=self._run, args=(connection, ended), daemon=True)
+        connection.thread.start()
 
     def enforce(self) -> None:
         """Shut connections down whose phase takes too long in total, however often single bytes come."""
@@ -81,16 +77,14 @@ class Listener:
             if connection.deadline is not None and now > connection.deadline:
                 connection.shut()
 
-    def stop(self) -> None:
-        """Accept no more; let associations in transfer finish within the configured time; close what is left."""
+    def drain(self, seconds: float) -> None:
+        """Let associations in transfer finish within a time; close what is left."""
         self._stopping.set()
-        for sock in self._sockets:
-            close(sock)
-        deadline = time.monotonic() + self._settings.drain_seconds
+        deadline = time.monotonic() + seconds
         while (left := self._snapshot()) and time.monotonic() < deadline:
             for connection in left:
                 # What is no association yet will be none; those that are idle end themselves.
-                if connection.association is None:
+                if not connection.associated:
                     connection.shut()
             self.enforce()
             time.sleep(0.05)
@@ -105,31 +99,7 @@ class Listener:
         with self._lock:
             return list(self._running)
 
-    def _accept(self, listening: socket.socket) -> None:
-        while not self._stopping.is_set():
-            try:
-                sock, address = listening.accept()
-            except OSError as error:
-                if self._stopping.is_set():
-                    return
-                # Out of descriptors or memory: connections that end free some; the queue holds those that come.
-                log.error("a connection cannot be accepted: %s", error.strerror)
-                time.sleep(0.1)
-                continue
-            connection = _Connection(sock, _name(address))
-            connection.deadline = time.monotonic() + self._settings.request_seconds
-            with self._lock:
-                full = len(self._running) >= self._settings.maximum_associations
-                if not full:
-                    self._running.add(connection)
-            if full:
-                log.warning("connection from %s closed: the limit of associations is reached", connection.address)
-                sock.close()
-                continue
-            connection.thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
-            connection.thread.start()
-
-    def _run(self, connection: _Connection) -> None:
+    def _run(self, connection: _Connection, ended: Callable[[], None]) -> None:
         try:
             self._handshake(connection)
             self._serve(connection)
@@ -140,9 +110,12 @@ class Listener:
         except Exception:
             log.exception("connection from %s ended by an error of ours", connection.address)
         finally:
-            close(connection.socket)
+            with contextlib.suppress(OSError):
+                connection.socket.shutdown(socket.SHUT_RDWR)
+            connection.socket.close()
             with self._lock:
                 self._running.discard(connection)
+            ended()
 
     def _handshake(self, connection: _Connection) -> None:
         plain = connection.socket
@@ -157,29 +130,31 @@ class Listener:
         connection.deadline = time.monotonic() + self._settings.request_seconds
 
     def _serve(self, connection: _Connection) -> None:
-        sock = connection.socket
+        if not isinstance(connection.socket, ssl.SSLSocket):
+            raise TypeError("a connection is served before its handshake")
+        settings = self._settings
+        fingerprint = hashlib.sha256(connection.socket.getpeercert(binary_form=True) or b"").hexdigest()
+        stream = Stream(connection.socket, self._stopping.is_set)
         reader = wire.Reader(0)
-        first, *rest = self._first(sock, reader)
-        request = self._decode(sock, first)
-        policy = self.policy
-        fingerprint = hashlib.sha256(_certificate(sock)).hexdigest()
-        decision = policy.peers.decide(request.calling, request.called, self._settings.ae_title, fingerprint)
+        first, *rest = self._first(stream, reader)
+        request = self._decode(stream, first)
+        decision = self.policy.peers.decide(request.calling, request.called, settings.ae_title, fingerprint)
         if isinstance(decision, str):
             # The log says more than the peer is told: PS3.8 has one reason for each title.
             reason = 7 if decision.startswith("the called") else 3
-            sock.sendall(wire.reject(permanent=True, source=1, reason=reason))
+            self._tell(stream, wire.reject(permanent=True, source=1, reason=reason))
             raise _RefusedConnectionError(f"calling AE title {_title(request.calling)}: {decision}")
         try:
             agreement = negotiate.agree(
-                request, private_classes=decision.private_sop_classes, maximum_pdu=self._settings.maximum_pdu
+                request, private_classes=decision.private_sop_classes, maximum_pdu=settings.maximum_pdu
             )
         except wire.WireError as error:
-            sock.sendall(wire.reject(permanent=True, source=2, reason=1))
+            self._tell(stream, wire.reject(permanent=True, source=2, reason=1))
             raise _RefusedConnectionError(str(error)) from error
-        reader.maximum_pdu = self._settings.maximum_pdu
+        reader.maximum_pdu = settings.maximum_pdu
         association_id = new_association_id()
-        origin = Origin(association_id, decision.ae_title, self._settings.ae_title, connection.address, fingerprint)
-        sock.sendall(agreement.reply)
+        origin = Origin(association_id, decision.ae_title, settings.ae_title, connection.address, fingerprint)
+        self._tell(stream, agreement.reply)
         log.info(
             "association %s from %s at %s: accepted %d of %d contexts",
             association_id,
@@ -189,62 +164,51 @@ class Listener:
             len(request.primitive.presentation_context_definition_list),
         )
         connection.deadline = None
-        if self._stopping.is_set():
-            sock.sendall(wire.abort(reason=0))
-            return
-        connection.association = Association(
-            sock, reader, agreement, origin, self._deposits, self._settings.idle_seconds, self._space, self._stopping
-        )
-        self._converse(sock, connection.association, origin, rest)
+        connection.associated = True
+        association = Association(stream, reader, agreement, origin, self._deposits, settings.idle_seconds, self._space)
+        self._converse(stream, association, origin, rest)
 
-    def _first(self, connection: socket.socket, reader: wire.Reader) -> list[wire.Pdu | wire.Fragment]:
-        buffer = memoryview(bytearray(16_384))
+    def _first(self, stream: Stream, reader: wire.Reader) -> list[wire.Pdu | wire.Fragment]:
+        buffer = memoryview(bytearray(_REQUEST_BYTES))
         events: list[wire.Pdu | wire.Fragment] = []
         try:
             while not events:
-                count = connection.recv_into(buffer)
+                count = stream.receive(buffer, self._settings.request_seconds, between=False)
                 if not count:
                     raise _RefusedConnectionError("closed before an association was requested")
                 events = list(reader.receive(buffer[:count]))
         except TimeoutError as error:
             raise _RefusedConnectionError("no association was requested in time") from error
         except wire.WireError as error:
-            connection.sendall(wire.abort(reason=1))
+            self._tell(stream, wire.abort(reason=1))
             raise _RefusedConnectionError(str(error)) from error
         return events
 
-    def _decode(self, connection: socket.socket, first: wire.Pdu | wire.Fragment) -> negotiate.Request:
+    def _decode(self, stream: Stream, first: wire.Pdu | wire.Fragment) -> negotiate.Request:
         if not isinstance(first, wire.Pdu) or first.kind != wire.ASSOCIATE_RQ:
-            connection.sendall(wire.abort(reason=2))
+            self._tell(stream, wire.abort(reason=2))
             raise _RefusedConnectionError("something else than an association request came first")
         try:
             return negotiate.decode(first.content)
         except wire.WireError as error:
-            connection.sendall(wire.reject(permanent=True, source=2, reason=1))
+            self._tell(stream, wire.reject(permanent=True, source=2, reason=1))
             raise _RefusedConnectionError(str(error)) from error
 
     def _converse(
-        self,
-        connection: socket.socket,
-        association: Association,
-        origin: Origin,
-        rest: list[wire.Pdu | wire.Fragment],
+        self, stream: Stream, association: Association, origin: Origin, rest: list[wire.Pdu | wire.Fragment]
     ) -> None:
         try:
             ending = association.run(rest)
         except wire.WireError as error:
             ending = f"aborted: {error}"
-            with contextlib.suppress(OSError):
-                connection.sendall(wire.abort(reason=6))
+            self._tell_last(stream, wire.abort(reason=6))
         except TimeoutError:
             ending = "aborted: idle for too long"
-            with contextlib.suppress(OSError):
-                connection.sendall(wire.abort(reason=0))
+            self._tell_last(stream, wire.abort(reason=0))
         except OSError as error:
             ending = f"broken off: {type(error).__name__}"
         except Exception:
-            with contextlib.suppress(OSError):
-                connection.sendall(wire.abort(reason=0))
+            self._tell_last(stream, wire.abort(reason=0))
             raise
         tally = association.tally
         log.info(
@@ -256,31 +220,17 @@ class Listener:
             tally.bytes,
         )
 
+    def _tell(self, stream: Stream, pdu: bytes) -> None:
+        stream.send(pdu, self._settings.request_seconds)
+
+    def _tell_last(self, stream: Stream, pdu: bytes) -> None:
+        """Tell a peer that is lost anyway."""
+        with contextlib.suppress(OSError):
+            stream.send(pdu, 1.0)
+
 
 class _RefusedConnectionError(Exception):
     """A connection that did not become an association; the message is for the log."""
-
-
-def _certificate(connection: socket.socket) -> bytes:
-    """Return the peer's certificate in DER."""
-    found = connection.getpeercert(binary_form=True) if isinstance(connection, ssl.SSLSocket) else None
-    return found or b""
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.bind((host, port))
-    sock.listen(_BACKLOG)
-    return sock
-
-
-def _name(address: tuple[str, int]) -> str:
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _title(raw: bytes) -> str:

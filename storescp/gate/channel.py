@@ -1,0 +1,52 @@
+"""Between the gate's first process and its workers: small messages, one with a connection's descriptor."""
+
+from __future__ import annotations
+
+import socket
+
+import msgspec
+
+_MESSAGE_BYTES = 4096
+
+# From the gate: ``connection`` (with the descriptor), ``reload``, ``room`` (of the archive, in bytes). From a worker: ``ready``, ``ended``, ``peers`` (how
+# many it knows after a reload), ``kept`` (why it kept the ones it had).
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One message; ``number`` is a connection's, or a count."""
+
+    kind: str
+    number: int = 0
+    text: str = ""
+
+
+class ChannelError(Exception):
+    """The other side is gone, or sent something else than a message."""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a channel."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(channel: socket.socket, message: Message, *descriptors: int) -> None:
+    """Send a message, whole or not at all.
+
+    Raises:
+        OSError: It cannot be sent; BlockingIOError, where the channel must not wait and is full.
+    """
+    socket.send_fds(channel, [msgspec.json.encode(message)], descriptors)
+
+
+def receive(channel: socket.socket) -> tuple[Message, list[int]]:
+    """Return the next message and the descriptors that came with it.
+
+    Raises:
+        ChannelError: There is none any more.
+        OSError: It cannot be received; BlockingIOError, where the channel must not wait and is empty.
+    """
+    content, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    try:
+        return msgspec.json.decode(content, type=Message), descriptors
+    except msgspec.MsgspecError:
+        raise ChannelError("closed" if not content else "malformed message") from None

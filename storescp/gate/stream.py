@@ -1,0 +1,95 @@
+"""An established connection: bytes in batches, bytes out, every wait with a deadline. TLS beneath, never blocking."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import ssl
+import time
+from collections.abc import Callable
+
+# OpenSSL hands out one TLS record a call, at most so many bytes; a shorter one ends what the peer wrote at once.
+_TLS_RECORD = 16_384
+# How often a wait between messages looks whether the server is stopping.
+_LOOK_SECONDS = 0.5
+
+
+class StoppingError(Exception):
+    """The server is stopping, and the peer is between two messages."""
+
+
+class Stream:
+    """A connection whose handshake is done."""
+
+    def __init__(self, connection: ssl.SSLSocket, stopping: Callable[[], bool]) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        self._stopping = stopping
+        # poll, because select knows no descriptor above 1023.
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+
+    def receive(self, into: memoryview, seconds: float, *, between: bool) -> int:
+        """Fill memory with what is there, waiting for the first of it; return how many bytes, 0 at the end.
+
+        Args:
+            into: Where to; more than a TLS record, so that a peer that sends fast is read in few steps.
+            seconds: How long to wait.
+            between: The peer is between two messages, and may be told to go.
+
+        Raises:
+            TimeoutError: Nothing came.
+            StoppingError: The server is stopping, and ``between``.
+            OSError: The connection broke.
+        """
+        filled = 0
+        read = self._connection.recv_into
+        until = 0.0
+        while len(into) - filled >= _TLS_RECORD:
+            try:
+                count = read(into[filled:], _TLS_RECORD)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as want:
+                if filled:
+                    break
+                until = until or time.monotonic() + seconds
+                self._wait(want, until, between)
+                continue
+            filled += count
+            if count < _TLS_RECORD:
+                break
+        return filled
+
+    def send(self, data: bytes, seconds: float) -> None:
+        """Send all of it.
+
+        Raises:
+            TimeoutError: The peer takes nothing.
+            OSError: The connection broke.
+        """
+        until = 0.0
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._connection.send(view) :]
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as want:
+                until = until or time.monotonic() + seconds
+                self._wait(want, until, between=False)
+
+    def close(self) -> None:
+        """Close the connection, whatever state it is in."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+    def _wait(self, want: Exception, until: float, between: bool) -> None:
+        events = select.POLLOUT if isinstance(want, ssl.SSLWantWriteError) else select.POLLIN
+        self._poll.modify(self._connection, events)
+        while True:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if between and self._stopping():
+                raise StoppingError
+            if self._poll.poll(min(left, _LOOK_SECONDS) * 1000):
+                return

@@ -1,0 +1,127 @@
+"""A worker of the gate: takes connections from the first process, receives, deposits; drains at the end."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import select
+import signal
+import socket
+import ssl
+import time
+
+from keys.versions import store_id_of
+from storage.deposit import DepositError, Deposits, PublishedKeys
+from storescp import peers, space
+from storescp.config import Config
+from storescp.errors import StrongroomError
+from storescp.gate import channel
+from storescp.gate.channel import ChannelError, Message
+from storescp.gate.connection import Connections, Policy
+from storescp.gate.tls import server_context
+from storescp.peers import PeerError
+
+_TICK_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, gate: socket.socket) -> None:
+    """Serve what comes over a channel until SIGTERM, or the channel's end.
+
+    Raises:
+        StrongroomError: It cannot start.
+    """
+    settings = config.settings.gate
+    deposits = Deposits(
+        config.incoming,
+        store_id_of(config.signing_key),
+        PublishedKeys(config.public, config.signing_key),
+        size_limit=settings.pack_bytes,
+        idle_seconds=settings.pack_idle_seconds,
+        open_per_peer=max(1, settings.packs_per_peer // settings.worker_count()),
+    )
+    try:
+        deposits.check()
+        watch = space.Watch(config)
+        connections = Connections(settings, _policy(config), deposits, watch)
+    except (DepositError, PeerError, OSError) as error:
+        raise StrongroomError(f"the gate cannot start: {error}") from error
+    worker = _Worker(config, gate, connections, watch)
+    # What was made up to here stays: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    worker.tell(Message("ready", len(connections.policy.peers.by_title)))
+    looked = time.monotonic()
+    while worker.serve(looked + _TICK_SECONDS - time.monotonic()):
+        if time.monotonic() - looked < _TICK_SECONDS:
+            continue
+        looked = time.monotonic()
+        connections.enforce()
+        try:
+            deposits.close_idle()
+        except (DepositError, OSError) as error:
+            log.error("open packs cannot be looked after: %s", error)
+    connections.drain(settings.drain_seconds)
+    deposits.close_all()
+
+
+class _Worker:
+    """The worker's end of the channel."""
+
+    def __init__(self, config: Config, gate: socket.socket, connections: Connections, watch: space.Watch) -> None:
+        self._config = config
+        self._watch = watch
+        self._gate = gate
+        self._connections = connections
+        # SIGTERM wakes the poll like a message does, also where it comes just before it.
+        self._wakeup, wake = socket.socketpair()
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.detach())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        self._poll = select.poll()
+        self._poll.register(gate, select.POLLIN)
+        self._poll.register(self._wakeup, select.POLLIN)
+
+    def serve(self, seconds: float) -> bool:
+        """Handle a message, or let so much time pass; tell whether to go on."""
+        ready = {descriptor for descriptor, _ in self._poll.poll(max(0.0, seconds) * 1000)}
+        if self._wakeup.fileno() in ready:
+            return False
+        if self._gate.fileno() not in ready:
+            return True
+        try:
+            message, descriptors = channel.receive(self._gate)
+        except (ChannelError, OSError):
+            return False
+        if message.kind == "connection" and descriptors:
+            sock = socket.socket(fileno=descriptors[0])
+            number = message.number
+            self._connections.take(sock, message.text, lambda: self.tell(Message("ended", number)))
+        elif message.kind == "reload":
+            self._reload()
+        elif message.kind == "room":
+            self._watch.told(message.number)
+        return True
+
+    def tell(self, message: Message) -> None:
+        """Tell the gate something; where it is gone, so is this worker soon."""
+        try:
+            channel.send(self._gate, message)
+        except OSError:
+            log.error("the gate's first process cannot be reached")
+
+    def _reload(self) -> None:
+        try:
+            self._connections.policy = _policy(self._config)
+        except (PeerError, OSError) as error:
+            reason = "a certificate or key cannot be read" if isinstance(error, ssl.SSLError) else str(error)
+            self.tell(Message("kept", 0, reason[:1000]))
+            return
+        self.tell(Message("peers", len(self._connections.policy.peers.by_title)))
+
+
+def _policy(config: Config) -> Policy:
+    found = peers.read_all(config.peers)
+    return Policy(found, server_context(config.certificate, config.private_key, config.trust, found))
