@@ -49,8 +49,11 @@ crash: $(VENV)/test.stamp
 	@.ci/apt
 	STRONGROOM_CRASH=all STRONGROOM_CRASH_ROUNDS=200 $(BIN)/pytest tests/crash --timeout 7200
 
+# Takes up to 42 GB while it runs; as root also with two users and on a journaled image. '--from var/bench.json' shows the figures again.
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m benchmarks.receive
+	@.ci/apt
+	$(BIN)/python -m benchmarks.receive --rounds 3 --journal --json $(VAR)/bench.json \
+	  --markdown docs/performance.md --svg docs/performance.svg
 
 # Only after a change of the dependencies in pyproject.toml; needs uv. setuptools is what the package itself is built with.
 lock:

@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import time
 from array import array
@@ -19,6 +20,7 @@ from multiprocessing.synchronize import Barrier
 from typing import NamedTuple
 
 from benchmarks.objects import CT_IMAGE, Template, Uids
+from benchmarks.programs import found
 from benchmarks.upper import Association, Message, ProtocolError, Target, tls_context
 
 # Where Debian 12 keeps the data dictionary; DCMTK's tools look for it elsewhere.
@@ -53,9 +55,10 @@ class Part(NamedTuple):
 
 
 class Burst(NamedTuple):
-    """What all processes did together."""
+    """What all processes did together. ``ended``: when the last response came, by the monotonic clock."""
 
     seconds: float
+    ended: float
     objects: int
     bytes: int
     client_cpu: float
@@ -82,6 +85,10 @@ def burst(job: Job, associations: int) -> Burst:
             pipes.append(ours)
             processes.append(process)
         parts = [_received(pipe, job.timeout) for pipe in pipes]
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
     finally:
         for process in processes:
             process.join(5)
@@ -91,8 +98,10 @@ def burst(job: Job, associations: int) -> Burst:
         for pipe in pipes:
             pipe.close()
     good = [part for part in parts if part.latencies]
+    ended = max((p.ended for p in good), default=0.0)
     return Burst(
-        max((p.ended for p in good), default=0.0) - min((p.started for p in good), default=0.0),
+        ended - min((p.started for p in good), default=0.0),
+        ended,
         sum(len(p.latencies) for p in good),
         sum(p.bytes for p in good),
         sum(p.cpu for p in good),
@@ -109,7 +118,15 @@ def storescu(target: Target, folders: list[str], timeout: float) -> Burst:
         subprocess.TimeoutExpired: It took too long.
     """
     credentials = target.credentials
-    command = ["storescu", "-R", "-pdu", "131072", "+tls", credentials.key, credentials.certificate]
+    command = [
+        found("storescu") or "storescu",
+        "-R",
+        "-pdu",
+        "131072",
+        "+tls",
+        credentials.key,
+        credentials.certificate,
+    ]
     command += ["+cf", credentials.authority, "-aet", credentials.title, "-aec", target.called]
     environment = {"DCMDICTPATH": DCMDICT} | os.environ | {"TCP_NODELAY": "1"}
     processes: list[subprocess.Popen[bytes]] = []
@@ -124,7 +141,7 @@ def storescu(target: Target, folders: list[str], timeout: float) -> Burst:
                 )
             )
         said = [p.communicate(timeout=timeout)[1].decode(errors="replace") for p in processes]
-        seconds = time.monotonic() - started
+        ended = time.monotonic()
     finally:
         for process in processes:
             if process.poll() is None:
@@ -133,7 +150,7 @@ def storescu(target: Target, folders: list[str], timeout: float) -> Burst:
     failures = [said[i][-200:].strip() or f"status {p.returncode}" for i, p in enumerate(processes) if p.returncode]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Burst(seconds, 0, 0, cpu, [], "", failures)
+    return Burst(ended - started, ended, 0, 0, cpu, [], "", failures)
 
 
 def _received(pipe: Connection, timeout: float) -> Part:
@@ -144,6 +161,8 @@ def _received(pipe: Connection, timeout: float) -> Part:
 
 
 def _run(job: Job, barrier: Barrier, results: Connection) -> None:
+    # Ctrl-C reaches all of the terminal's processes; one of them says what happened.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     latencies = array("d")
     try:
         with contextlib.ExitStack() as stack:

@@ -11,7 +11,6 @@ import contextlib
 import os
 import platform
 import secrets
-import shutil
 import signal
 import ssl
 import subprocess
@@ -21,6 +20,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+
+from benchmarks.programs import found
 
 _CGROUPS = (
     (Path("/sys/fs/cgroup"), "cgroup.controllers", "cpu.stat"),
@@ -51,7 +52,8 @@ class Accounting:
     @property
     def means(self) -> str:
         """How CPU time is taken."""
-        return f"cgroup {self._usage}" if self._group else "/proc, ticks of 10 ms"
+        how = f"cgroup {self._usage}, all processes" if self._group else "/proc, ticks of 10 ms"
+        return f"{how}; what the kernel writes back later for unsynced files is nobody's"
 
     def __enter__(self) -> Accounting:
         return self
@@ -91,15 +93,15 @@ class Accounting:
         """Return the processes that run."""
         if self._group:
             return [int(p) for p in (self._group / "cgroup.procs").read_text().split()]
-        found, todo = [], [self._root] if self._root else []
+        alive, todo = [], [self._root] if self._root else []
         while todo:
             pid = todo.pop()
             with contextlib.suppress(OSError):
                 if _stat(pid)[0] != "Z":
-                    found.append(pid)
+                    alive.append(pid)
                 for task in Path(f"/proc/{pid}/task").iterdir():
                     todo += [int(p) for p in (task / "children").read_text().split()]
-        return found
+        return alive
 
     def cpu(self) -> float:
         """Return the seconds of CPU used so far, user and system."""
@@ -119,7 +121,8 @@ class Memory(threading.Thread):
     """Samples memory until stopped.
 
     ``pss``: the largest sum over all processes seen in one sample, every shared page counted once (Pss of smaps_rollup,
-    a sample each 0.1 s). ``process``: the largest peak of a single process (VmHWM: exact, not sampled).
+    a sample each 0.1 s). ``process``: the largest peak of a single process (VmHWM: exact, not sampled). ``processes``:
+    the most that ran at a time.
     """
 
     def __init__(self, accounting: Accounting) -> None:
@@ -128,6 +131,7 @@ class Memory(threading.Thread):
         self._done = threading.Event()
         self.pss = 0
         self.process = 0
+        self.processes = 0
         for pid in accounting.pids():
             # Begin VmHWM anew: what starting up took is not of interest here.
             with contextlib.suppress(OSError):
@@ -149,11 +153,13 @@ class Memory(threading.Thread):
 
     def _sample(self) -> None:
         total = 0
-        for pid in self._accounting.pids():
+        pids = self._accounting.pids()
+        for pid in pids:
             with contextlib.suppress(OSError, ValueError):
                 total += _field(f"/proc/{pid}/smaps_rollup", "Pss:")
                 self.process = max(self.process, _field(f"/proc/{pid}/status", "VmHWM:"))
         self.pss = max(self.pss, total)
+        self.processes = max(self.processes, len(pids))
 
 
 def machine() -> dict[str, str]:
@@ -164,7 +170,7 @@ def machine() -> dict[str, str]:
     )
     memory = next((int(s.split()[1]) for s in _lines("/proc/meminfo") if s.startswith("MemTotal")), 0)
     return {
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "cpu": model,
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory / (1 << 20):.0f} GiB",
@@ -256,7 +262,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _version(command: list[str]) -> str:
-    program = shutil.which(command[0]) or shutil.which(command[0], path="/usr/sbin")
+    program = found(command[0])
     if program is None:
         return "not installed"
     said = subprocess.run([program, *command[1:]], capture_output=True, text=True, check=False, timeout=20).stdout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.sax.saxutils import escape
 
-from benchmarks.report import Result
+from benchmarks.result import Result
 
 _COLOURS = {
     "dcmtk": "#8c96a3",
@@ -12,6 +12,7 @@ _COLOURS = {
     "orthanc": "#d08a3e",
     "pynetdicom": "#b9a25a",
     "strongroom": "#2f6f9f",
+    "strongroom-one": "#8fb8d3",
 }
 _CASES = ("ct1", "ct4", "small1", "small4", "large")
 _WIDTH, _LEFT, _BAR, _ROW, _TITLE = 860, 190, 16, 21, 30
@@ -33,7 +34,7 @@ def svg(result: Result) -> str:
             row = result.rows[disk, case, server]
             length = max(1.0, ratio / longest * _SPAN)
             rate = f"{row.mb:,.0f} MB/s" if case == "large" else f"{row.rate:,.0f}/s"
-            body.append(_text(_LEFT - 8, y + 12, result.raw["servers"][server]["title"], anchor="end"))
+            body.append(_text(_LEFT - 8, y + 12, result.title(server), anchor="end"))
             body.append(
                 f'<rect x="{_LEFT}" y="{y}" width="{length:.1f}" height="{_BAR}" rx="2" fill="{_COLOURS[server]}"/>'
             )
@@ -57,7 +58,7 @@ def _servers(result: Result, disk: str, case: str) -> list[str]:
 
 
 def _ratio(result: Result, disk: str, case: str, server: str) -> float:
-    return result.ratio(disk, case, "rate", server, "dcmtk") or 0.0
+    return result.value(disk, case, "rate", server, "dcmtk") or 0.0
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "400") -> str:

@@ -2,6 +2,7 @@
 
 Usage: python -m benchmarks.receive [--rounds N] [--quick] [--journal] [--servers a,b] [--cases ...]
                                     [--client dcmtk|encoded] [--json FILE] [--markdown FILE --svg FILE]
+       python -m benchmarks.receive --from FILE [--markdown FILE --svg FILE]
 """
 
 from __future__ import annotations
@@ -9,155 +10,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import signal
-import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from benchmarks import disk, measure, objects, plot, report
-from benchmarks.cases import Case, cases, planned, runs
-from benchmarks.client import Burst, Job, burst, storescu
+from benchmarks import disk, plot, report, users
+from benchmarks.bench import Bench
+from benchmarks.cases import SERVERS, Case, available, cases, planned
 from benchmarks.disk import DiskError
-from benchmarks.servers import SERVERS, Pki, Server, ServerError, available
-from benchmarks.upper import ProtocolError
+from benchmarks.result import Result
+from benchmarks.servers import ROOT
+from benchmarks.users import UsersError
 
-_PEERS = ["dcmtk", "dcmtk-shipped", "orthanc", "pynetdicom", "strongroom"]
-_JOURNAL_SERVERS = ["dcmtk", "orthanc", "strongroom"]
+_COMPARED = ["dcmtk", "dcmtk-shipped", "orthanc", "pynetdicom", "strongroom", "strongroom-one"]
+_JOURNAL_SERVERS = ["dcmtk", "orthanc", "strongroom", "strongroom-one"]
 _JOURNAL_CASES = ["ct1", "ct4", "small1", "small4"]
-_WARM_UP = 4
-_SETTLE_SECONDS = 120.0
-_ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass
-class Sample:
-    """One run of one server in one case."""
-
-    disk: str
-    round: int
-    case: str
-    server: str
-    seconds: float = 0.0
-    objects: int = 0
-    bytes: int = 0
-    server_cpu: float = 0.0
-    client_cpu: float = 0.0
-    pss_peak: int = 0
-    process_peak: int = 0
-    latency_median: float = 0.0
-    latency_p99: float = 0.0
-    latency_max: float = 0.0
-    admitted_after: float | None = None
-    tls: str = ""
-    create_us: float = 0.0
-    failures: list[str] = field(default_factory=list)
-
-
-class Bench:
-    """A run: what is compared, where, and what came out."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.samples: list[Sample] = []
-        self.environment: dict[str, str] = measure.machine()
-        with measure.Accounting() as accounting:
-            self.environment["cpu time from"] = accounting.means
-        self.disks: dict[str, dict[str, str]] = {}
-        self._number = 0
-
-    def run_all(self, label: str, folder: Path, names: list[str], wanted: list[Case], rounds: int) -> None:
-        """Run every server in every case, interleaved: their order turns from round to round."""
-        self.disks[label] = measure.file_system(folder)
-        pki = Pki(folder / "pki")
-        for number in range(rounds):
-            turned = names[number % len(names) :] + names[: number % len(names)]
-            for case in wanted:
-                files = self._files(folder, case) if self.arguments.client == "dcmtk" else []
-                for name in turned:
-                    if runs(SERVERS[name], case):
-                        self._one(label, folder, pki, number, case, SERVERS[name], files)
-        costs = sorted(s.create_us for s in self.samples if s.disk == label)
-        if costs:
-            self.disks[label]["creating a file"] = f"{statistics.median(costs):.0f} ({costs[0]:.0f}-{costs[-1]:.0f})"
-
-    def _files(self, folder: Path, case: Case) -> list[str]:
-        """Write the files that storescu sends: new in each round, the same for every server in it."""
-        template = case.template()
-        if template is None:
-            return []
-        self._number += 1
-        made = [folder / f"f{self._number}-{i}" for i in range(case.associations)]
-        for one in made:
-            objects.write_files(one, template, case.count)
-        return [str(one) for one in made]
-
-    def _one(
-        self, label: str, folder: Path, pki: Pki, number: int, case: Case, kind: type[Server], files: list[str]
-    ) -> None:
-        self._number += 1
-        sample = Sample(label, number, case.name, kind.name)
-        self.samples.append(sample)
-        home = folder / str(self._number)
-        home.mkdir()
-        sample.create_us = measure.create_cost(home)
-        disk.quiet(0.3)
-        with measure.Accounting() as accounting:
-            server = kind(home / "s", pki, accounting, case.associations + case.idle)
-            try:
-                self._measure(server, accounting, case, sample, files)
-            except (ServerError, ProtocolError, OSError, subprocess.SubprocessError) as error:
-                sample.failures.append(
-                    f"{type(error).__name__}: {error}".replace(str(server.folder), "FOLDER").replace(str(_ROOT), ".")
-                )
-            finally:
-                server.stop()
-        report.progress(asdict(sample))
-
-    def _measure(
-        self, server: Server, accounting: measure.Accounting, case: Case, sample: Sample, files: list[str]
-    ) -> None:
-        target = server.start()
-        warm = burst(Job(target, objects.small(), _WARM_UP), 1)
-        if warm.failures:
-            raise ServerError(f"no object goes in: {warm.failures[0]}")
-        server.settle(_SETTLE_SECONDS)
-        template = case.template()
-        count = max(1, round(case.count * server.share))
-        cpu = accounting.cpu()
-        memory = measure.Memory(accounting)
-        memory.start()
-        try:
-            if files and template is not None:
-                done = storescu(target, files, case.timeout)
-                count = case.count
-                sent = 0 if done.failures else count * case.associations
-                done = done._replace(objects=sent, bytes=sent * template.size)
-            else:
-                done = burst(Job(target, template, count, case.idle, case.timeout), case.associations)
-            sample.admitted_after = server.settle(_SETTLE_SECONDS)
-        finally:
-            memory.stop()
-        sample.server_cpu = accounting.cpu() - cpu
-        sample.pss_peak, sample.process_peak = memory.pss, memory.process
-        _take(sample, done)
-        stored = server.stored() if template is not None else None
-        if stored is not None and stored != count * case.associations + _WARM_UP:
-            sample.failures.append(f"{stored - _WARM_UP} of {count * case.associations} objects were kept")
-
-
-def _take(sample: Sample, done: Burst) -> None:
-    sample.seconds, sample.objects, sample.bytes = done.seconds, done.objects, done.bytes
-    sample.client_cpu, sample.tls = done.client_cpu, done.tls
-    sample.failures += done.failures
-    if done.latencies:
-        ordered = sorted(done.latencies)
-        sample.latency_median = ordered[len(ordered) // 2]
-        sample.latency_p99 = ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]
-        sample.latency_max = ordered[-1]
+# An image's own tables and journal, and the space that Strongroom leaves free.
+_IMAGE_SPARE = 3 << 30
 
 
 def _arguments() -> argparse.Namespace:
@@ -171,10 +44,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--journal", action="store_true", help="once more on an ext4 image with a journal (root)")
     parser.add_argument("--journal-only", action="store_true", help="only there")
     parser.add_argument("--json", type=Path, help="write raw figures")
-    parser.add_argument("--markdown", type=Path, help="write tables into this file, between its markers if it has them")
+    parser.add_argument("--from", type=Path, dest="recorded", metavar="FILE", help="measure nothing: show raw figures")
+    parser.add_argument("--markdown", type=Path, help="write tables into this page, between its markers")
     parser.add_argument("--svg", type=Path, help="write a plot")
-    parser.add_argument("--work", type=Path, default=_ROOT / "var" / "bench", help="folder to work in, on a real disk")
-    parser.add_argument("--disk-limit", type=int, default=30, metavar="GB", help="write no more than this (30)")
+    parser.add_argument("--work", type=Path, default=ROOT / "var" / "bench", help="folder to work in, on a real disk")
+    parser.add_argument("--disk-limit", type=int, default=60, metavar="GB", help="write no more than this (60)")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 3)
     for option, all_names in (("servers", list(SERVERS)), ("cases", known)):
@@ -190,73 +64,95 @@ def _arguments() -> argparse.Namespace:
 def main() -> int:
     """Run and report; return an exit status."""
     arguments = _arguments()
-    # Stopped like with Ctrl-C: servers are ended, files deleted, and what was measured is shown.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    bench = Bench(arguments)
-    names = arguments.servers or _PEERS
-    for name in [n for n in names if not available(n)]:
-        print(f"NOT MEASURED: {name} is not installed", file=sys.stderr)
-    names = [n for n in names if available(n)]
+    if arguments.recorded:
+        return _report(json.loads(arguments.recorded.read_text()), arguments)
+    # Stopped like with Ctrl-C: servers are ended, files and users deleted, and what was measured is shown.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     table = cases(arguments.quick)
     chosen = arguments.cases or list(table)
     if arguments.client == "dcmtk":
         chosen = [n for n in chosen if n in {"ct1", "ct4"}]
-    wanted = [table[n] for n in chosen]
-    on_journal = [n for n in names if n in _JOURNAL_SERVERS], [c for c in wanted if c.name in _JOURNAL_CASES]
-    journal = arguments.journal or arguments.journal_only
-    files = arguments.client == "dcmtk"
-    main_bytes = 0 if arguments.journal_only else planned(names, wanted, arguments.rounds, files=files)
-    image = int(planned(*on_journal, arguments.rounds, files=files) * 1.2) + (1 << 30) if journal else 0
+    bench = Bench(arguments.client)
+    interrupted = True
     try:
-        disk.check_room(arguments.work, main_bytes + image, arguments.disk_limit * disk.GB)
+        _run(bench, arguments, arguments.servers or _COMPARED, [table[n] for n in chosen])
+        interrupted = False
     except DiskError as error:
         print(f"benchmarks.receive: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("benchmarks.receive: interrupted", file=sys.stderr)
+    raw = bench.raw(rounds=arguments.rounds, quick=arguments.quick, interrupted=interrupted, table=table)
+    return _report(raw, arguments)
+
+
+def _run(bench: Bench, arguments: argparse.Namespace, asked: list[str], wanted: list[Case]) -> None:
+    """Measure on the disk, and on an image with a journal if that is asked for.
+
+    Raises:
+        DiskError: There is no room.
+    """
+    names = [name for name in asked if available(name)]
+    for name in asked:
+        if name not in names:
+            _leave_out(bench, name, "not installed")
+    on_image = [n for n in names if n in _JOURNAL_SERVERS], [c for c in wanted if c.name in _JOURNAL_CASES]
+    journal = arguments.journal or arguments.journal_only
+    files = arguments.client == "dcmtk"
+    on_disk = 0 if arguments.journal_only else planned(names, wanted, arguments.rounds, files=files)
+    image = int(planned(*on_image, arguments.rounds, files=files) * 1.2) + _IMAGE_SPARE
+    needed = on_disk + (image if journal and os.geteuid() == 0 else 0)
+    disk.check_room(arguments.work, needed, arguments.disk_limit * disk.GB)
     if not arguments.quick:
         # An earlier run may just have deleted its files.
         time.sleep(10)
-    with disk.work_folder(arguments.work) as folder, contextlib.suppress(KeyboardInterrupt):
-        if not arguments.journal_only:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(disk.work_folder(arguments.work))
+        if "strongroom" in names:
+            try:
+                stack.enter_context(users.throw_away())
+                users.check(ROOT, folder)
+            except UsersError as error:
+                _leave_out(bench, "strongroom", str(error))
+                for some in (names, on_image[0]):
+                    some[:] = [name for name in some if name != "strongroom"]
+        if names and not arguments.journal_only:
             bench.run_all("disk", folder, names, wanted, arguments.rounds)
-        if journal:
-            _on_journal(bench, folder, image, *on_journal, arguments.rounds)
-    with contextlib.suppress(OSError):
-        arguments.work.rmdir()
-    return _report(bench, arguments, table)
+        if journal and all(on_image):
+            _run_on_image(bench, folder, image, *on_image, arguments.rounds)
 
 
-def _on_journal(bench: Bench, folder: Path, size: int, names: list[str], wanted: list[Case], rounds: int) -> None:
+def _run_on_image(bench: Bench, folder: Path, size: int, names: list[str], wanted: list[Case], rounds: int) -> None:
     try:
         with disk.journaled(folder, size) as (mount, how):
             disk.spread(mount)
             bench.run_all("journal", mount, names, wanted, rounds)
-            bench.disks["journal"]["loop device"] = how
+            bench.describe("journal", "loop device", how)
     except DiskError as error:
-        print(f"NOT MEASURED: ext4 with a journal: {error}", file=sys.stderr)
-        bench.environment["journal"] = f"not measured: {error}"
+        _leave_out(bench, "journal", str(error))
 
 
-def _report(bench: Bench, arguments: argparse.Namespace, table: dict[str, Case]) -> int:
-    raw = {
-        "environment": bench.environment,
-        "disks": bench.disks,
-        "rounds": arguments.rounds,
-        "client": arguments.client,
-        "quick": arguments.quick,
-        "cases": {name: case.title for name, case in table.items()},
-        "servers": {name: {"title": kind.title, "without": kind.without} for name, kind in SERVERS.items()},
-        "samples": [asdict(sample) for sample in bench.samples],
-    }
-    result = report.Result(raw)
-    width = shutil.get_terminal_size((160, 40)).columns
-    report.show(result, width)
+def _leave_out(bench: Bench, name: str, reason: str) -> None:
+    print(f"NOT MEASURED: {name}: {reason}", file=sys.stderr)
+    bench.leave_out(name, reason)
+
+
+def _report(raw: dict[str, Any], arguments: argparse.Namespace) -> int:
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(raw, indent=1) + "\n")
+    result = Result(raw)
+    report.show(result, shutil.get_terminal_size((160, 40)).columns)
+    if raw["interrupted"] and not arguments.recorded:
+        # Half a run does not replace the figures of a whole one; --from writes it all the same.
+        return 130
     if arguments.svg:
         arguments.svg.write_text(plot.svg(result))
     if arguments.markdown:
         report.write_markdown(result, arguments.markdown, arguments.svg)
-    return 1 if not bench.samples or any(sample.failures for sample in bench.samples) else 0
+    return 1 if not raw["samples"] or any(sample["failures"] for sample in raw["samples"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""The servers that are compared: each with mutual TLS, fresh folders and, where it counts, its tuning."""
+"""The servers that Strongroom is compared with: each with mutual TLS, fresh folders and its tuning."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,12 +17,13 @@ import trustme
 
 from benchmarks.client import DCMDICT
 from benchmarks.measure import Accounting
+from benchmarks.programs import found
 from benchmarks.upper import Credentials, Target
 
-_ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 _START_SECONDS = 30.0
 _STOP_SECONDS = 45.0
-_TITLE = "BENCH"
+TITLE = "BENCH"
 
 
 class ServerError(Exception):
@@ -34,7 +34,7 @@ class Pki:
     """A small authority of the benchmark's own, for every server that has none."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(mode=0o700)
         authority = trustme.CA()
         self.authority = str(folder / "ca.pem")
         authority.cert_pem.write_to_path(self.authority)
@@ -58,6 +58,10 @@ class Server:
     # A slow server sends fewer objects: a rate does not need hundreds of 44 ms.
     share: ClassVar[float] = 1.0
     cases: ClassVar[tuple[str, ...] | None] = None
+    # The program that must be installed for it.
+    program: ClassVar[str] = ""
+    # What a store takes before anything is in it, in bytes: packs grow ahead of their use.
+    empty_bytes: ClassVar[int] = 0
     called: ClassVar[str] = "ANY-SCP"
     settle_seconds: ClassVar[float] = 1.0
 
@@ -81,8 +85,9 @@ class Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self._accounting.wrap(self.command()),
-                env=os.environ | self.environment(),
-                cwd=_ROOT,
+                # Tuning is each server's own, not what happens to be set here.
+                env={k: v for k, v in os.environ.items() if k != "TCP_NODELAY"} | self.environment(),
+                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -115,10 +120,10 @@ class Server:
 
     def target(self) -> Target:
         """Return where to send to."""
-        return Target(self.port, self.called, Credentials(*self.pki.client, self.pki.authority, _TITLE))
+        return Target(self.port, self.called, Credentials(*self.pki.client, self.pki.authority, TITLE))
 
     def settle(self, timeout: float) -> float | None:
-        """Wait until the work of a burst is done; return after how many seconds that was, where it can be known."""
+        """Wait until the work of a burst is done; return when that was (monotonic clock), where it can be known."""
         time.sleep(min(timeout, self.settle_seconds))
         return None
 
@@ -142,6 +147,7 @@ class Dcmtk(Server):
     """storescp, a process an association."""
 
     name = "dcmtk"
+    program = "storescp"
     title = "DCMTK storescp, tuned"
     without = "no index, no encryption at rest, no sync; a file an object"
 
@@ -150,7 +156,7 @@ class Dcmtk(Server):
 
     def command(self) -> list[str]:
         return [
-            _program("storescp"), "--fork", *self.options(), "+tls", *self.pki.server, "+cf", self.pki.authority,
+            _program(self.program), "--fork", *self.options(), "+tls", *self.pki.server, "+cf", self.pki.authority,
             "-od", str(self.folder / "out"), str(self.port),
         ]  # fmt: skip
 
@@ -172,7 +178,7 @@ class DcmtkShipped(Dcmtk):
     title = "DCMTK storescp, as shipped"
     without = "no index, no encryption at rest, no sync; waits 40 ms an object for Nagle's algorithm"
     share = 0.1
-    cases = ("ct1", "ct4")
+    cases = ("ct1", "ct4", "small1", "small4", "large")
 
     def options(self) -> list[str]:
         return []
@@ -185,6 +191,7 @@ class Orthanc(Server):
     """Orthanc with SQLite, its storage synced."""
 
     name = "orthanc"
+    program = "Orthanc"
     title = "Orthanc, tuned"
     without = "no encryption at rest; syncs files, its index not each time"
 
@@ -215,7 +222,7 @@ class Orthanc(Server):
         (self.folder / "orthanc.json").write_text(json.dumps(settings))
 
     def command(self) -> list[str]:
-        return [_program("Orthanc"), str(self.folder / "orthanc.json")]
+        return [_program(self.program), str(self.folder / "orthanc.json")]
 
     def environment(self) -> dict[str, str]:
         return {"TCP_NODELAY": "1"}
@@ -250,83 +257,11 @@ class Sink(Server):
         return [sys.executable, "-m", "benchmarks.sink", str(self.port), *self.pki.server, self.pki.authority]
 
 
-class Strongroom(Server):
-    """Strongroom: gate and vault, one user."""
-
-    name = "strongroom"
-    title = "Strongroom"
-    without = "nothing of these: sealed, synced before Success, indexed"
-    called = "STRONGROOM"
-
-    @property
-    def config(self) -> Path:
-        """The store's configuration."""
-        return self.folder / "strongroom.toml"
-
-    def prepare(self) -> None:
-        key = str(self.folder / "store.key")
-        self._do("init", "--with-pki", "--key-file", key, "--listen", f"127.0.0.1:{self.port}")
-        self._do("peer", "add", _TITLE, "--issue", str(self.folder / "bench"))
-
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "storescp", "--config", str(self.config), "serve"]
-
-    def ready(self) -> bool:
-        return "serve: ready" in self.log.read_text(errors="replace") and super().ready()
-
-    def target(self) -> Target:
-        folder = self.folder / "bench"
-        key, certificate = str(folder / f"{_TITLE}.key"), str(folder / f"{_TITLE}.pem")
-        return Target(self.port, self.called, Credentials(key, certificate, str(folder / "ca.pem"), _TITLE))
-
-    def settle(self, timeout: float) -> float | None:
-        """Wait until every deposit is admitted. The folder is watched, so that asking does not help the vault along."""
-        begun = time.monotonic()
-        while time.monotonic() - begun < timeout:
-            if not self._waiting():
-                seconds = time.monotonic() - begun
-                if self._status()["deposits"]["packs"] == 0:
-                    return seconds
-            time.sleep(0.1)
-        raise ServerError(f"deposits still wait {timeout:g} s after the burst")
-
-    def stored(self) -> int | None:
-        return int(self._status()["counts"]["instances"])
-
-    def _waiting(self) -> bool:
-        incoming = self.folder / "spool" / "incoming"
-        return incoming.is_dir() and any(p.is_file() for p in incoming.rglob("*"))
-
-    def _status(self) -> dict[str, dict[str, int]]:
-        status: dict[str, dict[str, int]] = json.loads(self._do("status", "--json"))
-        return status
-
-    def _do(self, *arguments: str) -> str:
-        command = [sys.executable, "-m", "storescp", "--config", str(self.config), *arguments]
-        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=60, check=False)
-        if done.returncode:
-            raise ServerError(f"strongroom {arguments[0]}: {done.stderr[-300:]}")
-        return done.stdout
-
-
-SERVERS: dict[str, type[Server]] = {kind.name: kind for kind in (Dcmtk, DcmtkShipped, Orthanc, Stock, Strongroom, Sink)}
-
-
-def available(name: str) -> bool:
-    """Tell whether a server is installed."""
-    program = {"dcmtk": "storescp", "dcmtk-shipped": "storescp", "orthanc": "Orthanc"}.get(name)
-    return program is None or bool(_found(program))
-
-
-def _found(program: str) -> str | None:
-    return shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin")
-
-
 def _program(name: str) -> str:
-    found = _found(name)
-    if found is None:
+    program = found(name)
+    if program is None:
         raise ServerError(f"{name} is not installed")
-    return found
+    return program
 
 
 def _free_port() -> int:
