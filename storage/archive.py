@@ -60,6 +60,18 @@ class Archive:
         with os.scandir(self.incoming) as entries:
             return [Path(e.path) for e in entries if not _is_pack_name(e.name)]
 
+    def is_locked(self, path: Path) -> bool:
+        """Tell whether somebody holds a file's lock: a gate still makes it, or keeps it for later."""
+        try:
+            with direct.opened(path) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            # No file that could be locked.
+            return False
+        return False
+
     def path(self, pack_id: str) -> Path:
         """Return where an admitted pack is."""
         return self._objects / pack_id[:2] / pack_id

@@ -22,7 +22,7 @@ _VRS = re.compile(r"[A-Z]*", re.ASCII)
 # Everything below the space but tab, line feed, form feed and carriage return, which DICOM text may hold.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 # Without one of these JSON holds none of them: below the space everything is escaped.
-_MAYBE_CONTROL = re.compile(rb"\\u00[01]|\\u007[fF]|\\b|\x7f")
+_MAYBE_CONTROL = (rb"\u00", rb"\b", b"\x7f")
 
 _Value = str | int | float | None | dict[Literal["Alphabetic", "Ideographic", "Phonetic"], str]
 
@@ -36,21 +36,22 @@ class AttributesError(ValueError):
     """The attributes of a record are malformed."""
 
 
-class Element(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+# gc=False: they hold no cycles, and thousands of them are in memory while a pack is admitted.
+class Element(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """One element of the DICOM JSON Model."""
 
     vr: _Short
     Value: Annotated[list[_Value], msgspec.Meta(max_length=4100)] = []
 
 
-class Undecoded(msgspec.Struct, forbid_unknown_fields=True):
+class Undecoded(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """Text whose bytes its character set does not explain."""
 
     charset: Annotated[list[_Short], msgspec.Meta(max_length=16)]
     raw: bytes
 
 
-class Received(msgspec.Struct, forbid_unknown_fields=True):
+class Received(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """Where an object came from."""
 
     at: _Short
@@ -61,7 +62,7 @@ class Received(msgspec.Struct, forbid_unknown_fields=True):
     certificate: _Short
 
 
-class Attributes(msgspec.Struct, forbid_unknown_fields=True):
+class Attributes(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """The attributes of one record."""
 
     format: int
@@ -126,7 +127,8 @@ def decode(content: bytes) -> Attributes:
     vrs = [element.vr for element in attributes.dataset.values()]
     if not (_all_of(tags, 8, _TAGS) and _all_of(vrs, 2, _VRS)):
         raise AttributesError("an object's attributes hold a malformed tag or VR")
-    if _MAYBE_CONTROL.search(content) and any(_CONTROL.search(text) for text in _texts(attributes)):
+    suspect = any(mark in content for mark in _MAYBE_CONTROL)
+    if suspect and any(_CONTROL.search(text) for text in _texts(attributes)):
         raise AttributesError("an object's attributes hold control characters")
     received = attributes.received
     if not (_HEX.fullmatch(received.association + received.certificate) and len(received.certificate) in {0, 64}):

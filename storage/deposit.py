@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +19,18 @@ from pathlib import Path
 
 from keys.versions import DepositKey, SignatureError, read_deposit_key
 from storage.direct import Buffer, Buffers
-from storage.openpack import OpenPack, Record
+from storage.openpack import OpenPack, Record, Spare
 
 _PUBLISHED = re.compile(r"deposit-([1-9][0-9]{0,8})\.key", re.ASCII)
 # Threads that write for records longer than a buffer's half; a short object needs none.
 _WRITERS = 4
+# Records of a pack: the vault has their attributes in memory while it admits one.
+_RECORDS = 4096
+# Files made ahead: how many, how large before it is known what packs need, what part of the free space each takes.
+_SPARES = 2
+_TYPICAL_BYTES = 64 << 20
+_SPARE_PART = 64
+_IDLE_SECONDS = 1.0
 
 
 class DepositError(Exception):
@@ -92,6 +100,7 @@ class Deposits:
         size_limit: int,
         idle_seconds: float,
         open_per_peer: int,
+        spare_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._incoming = incoming
@@ -105,6 +114,11 @@ class Deposits:
         self._free: list[OpenPack] = []
         self._buffers = Buffers()
         self._writers = ThreadPoolExecutor(_WRITERS, "write")
+        self._spare_limit = spare_bytes
+        self._typical = min(spare_bytes, _TYPICAL_BYTES)
+        self._spares: list[Spare] = []
+        self._begun_at = clock()
+        self._under_way = 0
 
     def check(self) -> None:
         """Prove that deposits can be made: a key is published and the folder is there.
@@ -123,11 +137,39 @@ class Deposits:
             DepositError: No usable deposit key is published.
             OSError: The disk refused a new pack.
         """
-        into = self._free_pack(study) or OpenPack(self._incoming, self._store_id, study, peer, self._keys)
+        into = self._free_pack(study)
+        if into is None:
+            with self._lock:
+                spare = self._spares.pop() if self._spares else None
+            into = OpenPack(spare or Spare(self._incoming), self._store_id, study, peer, self._keys)
+        with self._lock:
+            self._under_way += 1
         return Record(into, self._buffers.take(), self._writers, self._release)
+
+    def prepare(self) -> None:
+        """Prepare files for packs to come, when nothing arrived for a moment. A disk that refuses it is no error."""
+        if self._is_busy() or len(self._spares) >= _SPARES:
+            return
+        free = shutil.disk_usage(self._incoming).free
+        size = min(self._typical, self._spare_limit, free // _SPARE_PART) >> 20 << 20
+        if not size:
+            return
+        with contextlib.suppress(OSError):
+            spare = Spare(self._incoming)
+            try:
+                spare.fill(size, self._is_busy)
+            except OSError:
+                spare.discard()
+                raise
+            with self._lock:
+                self._spares.append(spare)
+
+    def _is_busy(self) -> bool:
+        return self._under_way > 0 or self._clock() - self._begun_at < _IDLE_SECONDS
 
     def _free_pack(self, study: str) -> OpenPack | None:
         with self._lock:
+            self._begun_at = self._clock()
             for found in self._free:
                 if found.study == study:
                     self._free.remove(found)
@@ -138,8 +180,10 @@ class Deposits:
         """Take a pack back; it stays open a little for more objects of its study."""
         self._buffers.give(buffer)
         leased.used_at = self._clock()
-        if leased.broken or leased.end >= self._size_limit:
-            leased.close()
+        with self._lock:
+            self._under_way -= 1
+        if leased.broken or leased.end >= self._size_limit or leased.records >= _RECORDS:
+            self._close_pack(leased)
             return
         with self._lock:
             self._free.append(leased)
@@ -148,7 +192,7 @@ class Deposits:
             for old in surplus:
                 self._free.remove(old)
         for old in surplus:
-            old.close()
+            self._close_pack(old)
 
     def close_idle(self) -> None:
         """Close the packs that nothing was added to for a while, and those of an older key version."""
@@ -157,12 +201,21 @@ class Deposits:
         self._close(lambda p: p.used_at <= latest or p.version != version)
 
     def close_all(self) -> None:
-        """Close every pack that is free."""
+        """Close every pack that is free, and remove what was prepared."""
         self._close(lambda _: True)
+        with self._lock:
+            spares, self._spares = self._spares, []
+        for spare in spares:
+            spare.discard()
 
     def _close(self, which: Callable[[OpenPack], bool]) -> None:
         with self._lock:
             gone = [p for p in self._free if which(p)]
             self._free = [p for p in self._free if p not in gone]
         for old in gone:
-            old.close()
+            self._close_pack(old)
+
+    def _close_pack(self, old: OpenPack) -> None:
+        # What packs lately needed, and a quarter more: zeros that are not used were written in vain.
+        self._typical = (3 * self._typical + old.end * 5 // 4) // 4
+        old.close()

@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 PAGE = 4096
@@ -33,13 +34,18 @@ class Buffer:
     """
 
     def __init__(self) -> None:
-        memory = mmap.mmap(-1, 2 * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE
-        view = memoryview(memory)[start:]
+        view = _huge()
         self.halves = (view[:HALF_BYTES], view[HALF_BYTES : 2 * HALF_BYTES])
         self.first = view[2 * HALF_BYTES : 2 * HALF_BYTES + PAGE]
+
+
+def _huge() -> memoryview:
+    """Return memory that begins with a huge page where the system has them; a page at least follows that."""
+    memory = mmap.mmap(-1, 2 * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE
+    return memoryview(memory)[start:]
 
 
 class Buffers:
@@ -68,6 +74,11 @@ def page_of(content: bytes) -> memoryview:
     page = memoryview(mmap.mmap(-1, PAGE))
     page[: len(content)] = content
     return page
+
+
+def zeros() -> memoryview:
+    """Return 1 MiB of zeros that can be written directly."""
+    return memoryview(mmap.mmap(-1, HALF_BYTES))
 
 
 def create(path: Path, mode: int) -> tuple[int, bool]:
@@ -136,6 +147,20 @@ def open_file(path: Path, flags: int) -> int:
     return os.open(path, flags)
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Open a file that somebody else may have put there, to look at it or take its lock.
+
+    Raises:
+        OSError: It is not there, or a link.
+    """
+    descriptor = open_file(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 class Pages:
     """Reads a file through a window of page-aligned memory, which grows while it is read from front to back."""
 
@@ -182,7 +207,8 @@ class Pages:
             self._ahead = min(self._ahead * 4, HALF_BYTES)
         wanted = min(max(self._ahead, -(-(offset - start + length) // PAGE) * PAGE), HALF_BYTES)
         if len(self._memory) < wanted:
-            self._memory = memoryview(mmap.mmap(-1, wanted, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            small = wanted <= _FIRST_WINDOW
+            self._memory = memoryview(mmap.mmap(-1, _FIRST_WINDOW)) if small else _huge()
         # Begun anew before it is filled: an error must not leave other bytes under this offset.
         self._start, self._filled = start, 0
         self._filled = os.preadv(self._descriptor, [self._memory[:wanted]], start)

@@ -32,38 +32,68 @@ class Keys(Protocol):
         """Hold the newest deposit key while a pack is made under it."""
 
 
+class Spare:
+    """A file that is no pack yet, locked. Its name ends in ``.new`` until it has a durable header."""
+
+    def __init__(self, folder: Path) -> None:
+        self.key_id = secrets.token_bytes(16)
+        self.path = folder / self.key_id.hex()
+        self.making = self.path.with_suffix(".new")
+        self.descriptor, self.direct = direct.create(self.making, 0o640)
+        self.allocated = 0
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+
+    def fill(self, size: int, interrupted: Callable[[], bool]) -> None:
+        """Write zeros, so that a record written later changes nothing but data: its sync has no journal to wait for.
+
+        Args:
+            size: Up to where.
+            interrupted: Tells that there is something better to do; what was written until then counts.
+
+        Raises:
+            OSError: The disk refused it.
+        """
+        zeros = direct.zeros()
+        while self.allocated < size and not interrupted():
+            write_all(self.descriptor, zeros, self.allocated)
+            self.allocated += len(zeros)
+        os.fdatasync(self.descriptor)
+
+    def discard(self) -> None:
+        """Remove the file."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.making)
+        os.close(self.descriptor)
+
+
 class OpenPack:
     """A pack of one study that this process appends to; locked until it is closed."""
 
-    def __init__(self, folder: Path, store_id: bytes, study: str, peer: str, keys: Keys) -> None:
+    def __init__(self, spare: Spare, store_id: bytes, study: str, peer: str, keys: Keys) -> None:
         self.study = study
         self.peer = peer
         self.used_at = time.monotonic()
         self.broken = False
         self.key = new_key()
-        key_id = secrets.token_bytes(16)
-        path = folder / key_id.hex()
-        # The name appears without its suffix only when the header is durable and the lock is held: whoever finds
-        # a pack unlocked may take it as finished.
-        making = path.with_suffix(".new")
-        self.descriptor, self.direct = direct.create(making, 0o640)
+        self.descriptor, self.direct = spare.descriptor, spare.direct
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX)
             with keys.held() as deposit_key:
                 self.version = deposit_key.version
-                header = pack.Header(store_id, key_id, deposit_key.version, deposit_key.wrap(self.key, key_id))
+                wrapped = deposit_key.wrap(self.key, spare.key_id)
+                header = pack.Header(store_id, spare.key_id, deposit_key.version, wrapped)
                 write_all(self.descriptor, direct.page_of(header.encode()), 0)
                 os.fdatasync(self.descriptor)
-                os.rename(making, path)
-                encoding.sync_folder(folder)
+                # The name appears without its suffix only when the header is durable and the lock is held: whoever
+                # finds a pack unlocked may take it as finished.
+                os.rename(spare.making, spare.path)
+                encoding.sync_folder(spare.path.parent)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(making)
-            os.close(self.descriptor)
+            spare.discard()
             raise
         self.bound = header.bound()
         self.end = pack.PAGE
-        self._allocated = pack.PAGE
+        self.records = 0
+        self._allocated = max(spare.allocated, pack.PAGE)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write whole pages, with space allocated ahead.
@@ -158,6 +188,7 @@ class Record:
             self._pack.broken = True
             raise
         self._pack.end = frame.end
+        self._pack.records += 1
         self._release(self._pack, self._buffer)
 
     def abort(self) -> None:
@@ -215,3 +246,11 @@ class Record:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove files that were to become packs and that nobody holds any more. Only while nobody makes new ones."""
+    for path in folder.glob("*.new"):
+        with contextlib.suppress(OSError), direct.opened(path) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()

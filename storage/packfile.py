@@ -19,10 +19,11 @@ from storage import attributes, direct, pack
 
 
 class Record(msgspec.Struct, frozen=True):
-    """A record that opened."""
+    """A record that opened; ``padded``: only zeros follow it up to the next page."""
 
     frame: pack.Frame
     attributes: attributes.Attributes
+    padded: bool = True
 
 
 class Unreadable(msgspec.Struct, frozen=True):
@@ -142,10 +143,11 @@ class OpenedPack:
                     empty = offset if empty is None else empty
                     following = pack.resync(self.file.read, offset, size)
                     continue
-                found = Record(frame, self.attributes(frame))
                 if whole:
+                    # Before the attributes, which lie behind it: a pack is read once, from front to back.
                     for _ in self.dataset(frame):
                         pass
+                found = Record(frame, self.attributes(frame))
             except (pack.PackError, SealError, attributes.AttributesError) as error:
                 if empty is None:
                     yield Unreadable(offset, str(error))
@@ -155,8 +157,10 @@ class OpenedPack:
             if empty is not None:
                 yield Unreadable(empty, "an empty frame before other records")
                 empty = None
-            yield found
             following = pack.page_after(frame.end)
+            # Here, where it is in memory: reading a pack again for its gaps would cost as much as reading it once.
+            gap = self.file.read(frame.end, following - frame.end)
+            yield found if gap == bytes(len(gap)) else msgspec.structs.replace(found, padded=False)
 
     def _context(self, label: str, frame: pack.Frame) -> bytes:
         return context(label, self._bound, frame.object_id)

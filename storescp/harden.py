@@ -15,10 +15,14 @@ from storescp.errors import StrongroomError
 def harden(umask: int) -> None:
     """Forbid core dumps, which would write keys and plaintext to a disk, and open new files to nobody else.
 
+    As many files may be open as the system lets: connections and packs have a descriptor each.
+
     Args:
         umask: The mode bits that new files never have.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     os.umask(umask)
 
 

@@ -44,7 +44,9 @@ class Watch:
         waiting = 0
         if config.incoming.stat().st_dev != os.stat(config.store_path).st_dev or config.settings.gate.user:
             with os.scandir(config.incoming) as entries:
-                waiting = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+                # What is prepared for packs to come is not waiting for the archive.
+                files = [entry for entry in entries if not entry.name.endswith(".new")]
+                waiting = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in files)
         self._room = free(config.store_path) - waiting - self._reserve
 
     @property

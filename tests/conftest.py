@@ -214,6 +214,10 @@ class Server:
         assert done.status in {0, 5}, done.err
         return list(done.json()["items"])
 
+    def deposits(self) -> list[Path]:
+        """Return what lies in ``incoming/`` under a pack's name; the gate prepares files for packs to come, too."""
+        return [path for path in self.incoming.iterdir() if path.suffix != ".new"]
+
     def wait_admitted(self, seconds: float = 30, *, by_asking: bool = False) -> None:
         """Wait until nothing waits; ``by_asking`` where no vault runs: one that is asked for a list admits."""
         deadline = time.monotonic() + seconds

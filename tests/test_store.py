@@ -39,7 +39,7 @@ def test_an_admitted_pack_has_no_deposit_key_a_constant_time_and_one_folder(serv
     assert content[64:1236] == bytes(1172)
     assert path.stat().st_mtime == 946_684_800
     assert path.parent.name == path.name[:2]
-    assert list(server.incoming.iterdir()) == []
+    assert server.deposits() == []
     assert list(exported(server).values()) == [raw_data_set(CT)]
 
 
@@ -89,7 +89,7 @@ def test_with_everything_killed_a_command_starts_a_vault_for_itself(server: Serv
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert list(exported(server).values()) == [raw_data_set(CT)]
-    assert list(server.incoming.iterdir()) == []
+    assert server.deposits() == []
     assert server.pids("vault") == []
 
 
@@ -160,7 +160,7 @@ def test_a_zeroed_frame_hides_no_good_record_behind_it(make_server: Callable[...
     files = [CT, *(changed(CT, tmp_path, SOPInstanceUID=f"1.2.3.{n}") for n in range(2))]
     assert send(server, files) == [0, 0, 0]
     server.stop()
-    (deposit,) = server.incoming.iterdir()
+    (deposit,) = server.deposits()
     content = bytearray(deposit.read_bytes())
     second = content.index(b"SRR1", 4100)
     content[second : second + 40] = bytes(40)
@@ -179,7 +179,7 @@ def test_what_stands_between_records_is_not_carried_into_the_archive(
     files = [CT, changed(CT, tmp_path, SOPInstanceUID="1.2.3.4")]
     assert send(server, files) == [0, 0]
     server.stop()
-    (deposit,) = server.incoming.iterdir()
+    (deposit,) = server.deposits()
     content = bytearray(deposit.read_bytes())
     second = content.index(b"SRR1", 4100)
     content[second - 8 : second] = b"smuggled"

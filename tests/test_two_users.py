@@ -164,7 +164,7 @@ def test_a_descriptor_that_the_gate_kept_reaches_nothing_that_is_admitted(two: S
     two.set("gate", pack_idle_seconds=600)
     two.start()
     assert send(two, [CT]) == [0]
-    (deposit,) = two.incoming.iterdir()
+    (deposit,) = two.deposits()
     with as_gate():
         kept = os.open(deposit, os.O_RDWR)
     os.kill(two.pids("gate")[0], signal.SIGKILL)
@@ -312,7 +312,7 @@ def test_no_forged_header_is_admitted_and_all_are_shown(two: Server) -> None:
     assert send(two, [CT]) == [0]
     assert [row["calling"] for row in two.list()] == ["CT1"]
     assert two.status()["quarantine"] == len(HOSTILE_HEADERS)
-    assert [p.name for p in two.incoming.iterdir() if "new" not in p.name and p.stat().st_size < 4096] == []
+    assert [p.name for p in two.deposits() if p.stat().st_size < 4096] == []
     intact(two, "out", CT)
 
 
@@ -322,7 +322,7 @@ def test_what_is_appended_to_another_workers_pack_does_not_spoil_it(two: Server,
     two.start()
     assert send(two, [CT]) == [0]
     forger = Forger(two)
-    (deposit,) = two.incoming.iterdir()
+    (deposit,) = two.deposits()
     foreign = forger.record(forger.header(bytes.fromhex(deposit.name)), os.urandom(16))
     with as_gate(), deposit.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)

@@ -8,8 +8,8 @@ import msgspec
 
 _MESSAGE_BYTES = 4096
 
-# From the gate: ``connection`` (with the descriptor), ``reload``, ``room`` (of the archive, in bytes). From a worker: ``ready``, ``ended``, ``peers`` (how
-# many it knows after a reload), ``kept`` (why it kept the ones it had).
+# From the gate: ``connection`` (with the descriptor), ``reload``, ``room`` (of the archive, in bytes). From a worker:
+# ``ready``, ``ended``, ``peers`` (how many it knows after a reload), ``kept`` (why it kept the ones it had).
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from typing import NoReturn
 
 from storescp.gate.transfer import Encoding
 
@@ -149,22 +150,24 @@ class HeadParser:
                     break
                 length = long(part, position + 8)[0]
                 content = position + 12
-            wanted = tag in WANTED and length != _UNDEFINED
-            if wanted:
-                if tag in seen:
-                    raise HeadError("a data set holds an element twice")
-                if length <= VALUE_LIMIT and end < content + length:
-                    break
-                seen.add(tag)
-                if length <= VALUE_LIMIT:
-                    # The VR of the dictionary, whatever the data set says: a UID must be a UID for everybody who
-                    # reads on.
-                    values[tag] = (WANTED[tag], bytes(part[content : content + length]))
-            self._counted()
             if length == _UNDEFINED:
+                self._counted()
                 self._open_sequence(vr)
                 return content
-            position = content + length
+            following = content + length
+            # The VR of the dictionary, whatever the data set says: a UID must be a UID for everybody who reads on.
+            if wanted := WANTED.get(tag):
+                if tag in seen:
+                    raise HeadError("a data set holds an element twice")
+                if length <= VALUE_LIMIT:
+                    if end < following:
+                        break
+                    values[tag] = (wanted, bytes(part[content:following]))
+                seen.add(tag)
+            self._count += 1
+            if self._count > ELEMENT_LIMIT:
+                self._too_many()
+            position = following
         return position if position > start else None
 
     def _nested(self, part: memoryview, position: int) -> int | None:
@@ -212,7 +215,10 @@ class HeadParser:
     def _counted(self) -> None:
         self._count += 1
         if self._count > ELEMENT_LIMIT:
-            raise HeadError("a data set has too many elements before its end is known")
+            self._too_many()
+
+    def _too_many(self) -> NoReturn:
+        raise HeadError("a data set has too many elements before its end is known")
 
 
 def _lengths(part: memoryview, position: int, implicit: bool, order: _Order) -> tuple[bytes, int, int] | None:

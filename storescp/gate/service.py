@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 
+from storage.openpack import remove_unfinished
 from storescp import notify, peers, space
 from storescp.child import Child
 from storescp.config import Config, Gate, parse_address
@@ -107,11 +108,12 @@ class _Gate:
         signal.signal(signal.SIGHUP, lambda *_: self._again())
 
     def start(self) -> None:
-        """Start the workers and, when each is ready, to accept.
+        """Remove what an earlier gate left unfinished; start the workers and, when each is ready, to accept.
 
         Raises:
             StrongroomError: One did not become ready.
         """
+        remove_unfinished(self._config.incoming)
         for worker in self._workers:
             self._selector.register(worker.start(), selectors.EVENT_READ, worker)
         deadline = time.monotonic() + _START_SECONDS

@@ -40,6 +40,7 @@ def run(config: Config, gate: socket.socket) -> None:
         size_limit=settings.pack_bytes,
         idle_seconds=settings.pack_idle_seconds,
         open_per_peer=max(1, settings.packs_per_peer // settings.worker_count()),
+        spare_bytes=settings.spare_bytes,
     )
     try:
         deposits.check()
@@ -60,6 +61,7 @@ def run(config: Config, gate: socket.socket) -> None:
         connections.enforce()
         try:
             deposits.close_idle()
+            deposits.prepare()
         except (DepositError, OSError) as error:
             log.error("open packs cannot be looked after: %s", error)
     connections.drain(settings.drain_seconds)

@@ -331,7 +331,12 @@ def _deposits(archive: Archive) -> dict[str, Any]:
             found = path.lstat()
             sizes.append(found.st_size)
             oldest = min(oldest or found.st_mtime, found.st_mtime)
-    return {"packs": len(sizes), "bytes": sum(sizes), "oldest": _time(oldest) if oldest else None}
+    return {
+        "packs": len(sizes),
+        "bytes": sum(sizes),
+        "oldest": _time(oldest) if oldest else None,
+        "lag_seconds": round(max(0.0, time.time() - oldest), 1) if oldest else 0,
+    }
 
 
 def _disk(path: Any) -> dict[str, int]:

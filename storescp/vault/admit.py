@@ -64,6 +64,10 @@ class Findings(msgspec.Struct):
     unreadable: int
     end: int
 
+    def padded(self) -> bool:
+        """Tell whether nothing stands between records: what no seal covers must not carry anything into the archive."""
+        return all(judged.record.padded for judged in self.judged[:-1])
+
     def of(self, *verdicts: Verdict) -> list[Judged]:
         """Return the records with one of these verdicts, in file order."""
         return [j for j in self.judged if j.verdict in verdicts]
@@ -262,12 +266,15 @@ class Admission:
         for judged in findings.of(Verdict.QUARANTINE):
             self._quarantine(opened, judged)
         again = [j for j in findings.of(Verdict.AGAIN) if self._held_safely(j.record, pack_id)]
-        kept = [j for j in findings.judged if j.verdict is not Verdict.QUARANTINE and j not in again]
+        left_out = {j.record.frame.offset for j in again}
+        kept = [
+            j for j in findings.judged if j.verdict is not Verdict.QUARANTINE and j.record.frame.offset not in left_out
+        ]
         if again:
             log.info("pack %s: %d objects were held already", pack_id, len(again))
         if not kept:
             self._index.drop(pack_id)
-        elif len(kept) == len(findings.judged) and (findings.unreadable or _gaps_are_zero(source, findings)):
+        elif len(kept) == len(findings.judged) and (findings.unreadable or findings.padded()):
             self._admit_whole(source, opened, findings)
         else:
             self._admit_part(source, opened, kept)
@@ -566,7 +573,7 @@ class Admission:
                 self._index.drop(pack_id)
         for path in self._archive.unfinished():
             try:
-                if time.time() - path.lstat().st_mtime > _UNFINISHED_SECONDS:
+                if time.time() - path.lstat().st_mtime > _UNFINISHED_SECONDS and not self._archive.is_locked(path):
                     path.unlink()
             except OSError:
                 self._say_once(path.name, f"{path.name} in incoming is no deposit and cannot be removed")
@@ -591,12 +598,6 @@ def open_pack(file: PackFile, keyring: Keyring, record: StudyKeyRecord | None) -
 def study_tag(keyring: Keyring, study: str) -> bytes:
     """Return the keyed hash that stands for a study outside the index."""
     return hmac.digest(keyring.body.tag_key, b"study\0" + study.encode("ascii"), "sha256")
-
-
-def _gaps_are_zero(file: PackFile, findings: Findings) -> bool:
-    """Tell whether nothing stands between the records: what no seal covers must not carry anything into the archive."""
-    ends = [judged.record.frame.end for judged in findings.judged[:-1]]
-    return not any(any(file.read(end, pack.page_after(end) - end)) for end in ends)
 
 
 def _moved(judged: list[Judged], frames: list[pack.Frame]) -> list[Judged]:

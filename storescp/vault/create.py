@@ -52,6 +52,8 @@ def create(plan: Plan) -> Config:
             f"{taken[0]} exists already: a store is never made over another one",
             hint="name another place with --config DIR/strongroom.toml",
         )
+    # Of the folders on the way to the store, those that are made now need a durable name in theirs.
+    new = [folder for folder in (home, *home.parents) if not folder.exists()]
     now = datetime.now(UTC)
     created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -88,6 +90,8 @@ def create(plan: Plan) -> Config:
         _issue_server(plan, config, ring, now)
     if plan.users is not None:
         _hand_over(config, plan)
+    for folder in (home, *(path for path in home.rglob("*") if path.is_dir()), *(path.parent for path in new)):
+        encoding.sync_folder(folder)
     # Last: with the configuration the store is there; without it nothing uses what was made so far.
     encoding.create(plan.file, render(settings).encode(), mode=0o644)
     ring.forget()

@@ -68,7 +68,7 @@ def test_a_gate_killed_before_any_step_loses_nothing_acknowledged(
 ) -> None:
     server = make_server()
     server.init()
-    server.set("gate", workers=1)
+    server.set("gate", workers=1, spare_bytes=0)
     folder = server.add_peer("CT1")
     # A new pack, an append to it, another new pack: every step that a gate takes.
     files = [CT, changed(CT, tmp_path, SOPInstanceUID="1.2.3.4"), MR]
