@@ -19,15 +19,16 @@ from keys.anchors import AnchorError
 from keys.keyring import KeyringError
 from keys.seal import SealError, plain_length
 from storage.archive import Archive
-from storage.index import LEVELS, FilterError, Filters, Index
+from storage.index import Index
 from storage.ledger import Decision
 from storage.pack import PAGE, PackError
 from storage.packfile import PackFile
+from storage.search import LEVELS, FilterError, Filters
 from storescp import space
 from storescp.config import Config
 from storescp.control import Request, Response, json_response, lines_response
 from storescp.errors import NOTHING, StrongroomError
-from storescp.vault.admit import open_pack
+from storescp.vault.examine import open_pack
 from storescp.vault.state import Vault
 from storescp.vault.verify import verify
 

@@ -10,7 +10,6 @@ a key record of its own. See docs/design.md, "Admission".
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import logging
 import os
@@ -18,11 +17,9 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-
-import msgspec
 
 from keys.anchors import AnchorError
 from keys.keyring import Keyring, KeyringError, UnknownVersionError
@@ -31,12 +28,13 @@ from keys.versions import StudyKeyPlace
 from storage import attributes, pack
 from storage.archive import Archive
 from storage.attributes import AttributesError
-from storage.index import Index, Patient, Place, Row
+from storage.index import Index, Row
 from storage.keysdb import KeysDatabase, StudyKeyRecord
 from storage.ledger import Decision, Ledger
 from storage.packfile import OpenedPack, PackFile, Record, Unreadable, frames_digest
 from storage.sqlite import DatabaseError
-from storescp.vault.judge import OTHER_CONTENT, OTHER_KEY, Verdict, judge, patient_of
+from storescp.vault.examine import Examiner, Findings, Judged, frames, open_pack
+from storescp.vault.judge import OTHER_KEY, Verdict
 
 # A pack that was not finished making in this long never will be: its gate is gone.
 _UNFINISHED_SECONDS = 60
@@ -47,30 +45,6 @@ _ROWS_AT_ONCE = 500
 _LIST_SECONDS = 30.0
 
 log = logging.getLogger(__name__)
-
-
-class Judged(msgspec.Struct, frozen=True):
-    """A record with its verdict."""
-
-    record: Record
-    verdict: Verdict
-    reason: str
-
-
-class Findings(msgspec.Struct):
-    """What a deposit holds."""
-
-    judged: list[Judged]
-    unreadable: int
-    end: int
-
-    def padded(self) -> bool:
-        """Tell whether nothing stands between records: what no seal covers must not carry anything into the archive."""
-        return all(judged.record.padded for judged in self.judged[:-1])
-
-    def of(self, *verdicts: Verdict) -> list[Judged]:
-        """Return the records with one of these verdicts, in file order."""
-        return [j for j in self.judged if j.verdict in verdicts]
 
 
 class Admission:
@@ -103,6 +77,7 @@ class Admission:
         self._keys_db = keys_db
         self._index = index
         self._ledger = ledger
+        self._examiner = Examiner(archive, keyring, keys_db, index)
         self._gate_uid = gate_uid
         # By copy where the gate keeps a hold on its files, and where a rename could not cross file systems.
         self._copies = gate_uid != os.geteuid() or not archive.one_file_system()
@@ -222,7 +197,7 @@ class Admission:
             rows: list[Row] = []
             study = ""
             end = scanned or pack.PAGE
-            for judged in self._judge(self._deposit(file), start=end, whole=False, closed=False):
+            for judged in self._examiner.judge(self._examiner.deposit(file), start=end, whole=False, closed=False):
                 if isinstance(judged, Unreadable):
                     # What does not open in an open pack is no finding: its writer may not be done.
                     break
@@ -255,7 +230,7 @@ class Admission:
     def _admit_from(self, source: PackFile, deposit: Path) -> bool:
         """Admit what a source holds: the deposit itself under its lock, or the vault's copy of it."""
         pack_id = deposit.name
-        opened = self._deposit(source)
+        opened = self._examiner.deposit(source)
         findings = self._read_all(pack_id, opened)
         if not findings.judged:
             if findings.unreadable:
@@ -265,7 +240,7 @@ class Admission:
             return False
         for judged in findings.of(Verdict.QUARANTINE):
             self._quarantine(opened, judged)
-        again = [j for j in findings.of(Verdict.AGAIN) if self._held_safely(j.record, pack_id)]
+        again = [j for j in findings.of(Verdict.AGAIN) if self._examiner.held_safely(j.record, pack_id)]
         left_out = {j.record.frame.offset for j in again}
         kept = [
             j for j in findings.judged if j.verdict is not Verdict.QUARANTINE and j.record.frame.offset not in left_out
@@ -309,7 +284,7 @@ class Admission:
 
     def _quarantine(self, opened: OpenedPack, judged: Judged) -> None:
         """Put one record into a quarantined pack of its own, unless a crash left it there."""
-        if self._archived(opened.file, judged.record.frame):
+        if self._examiner.archived(opened.file, judged.record.frame):
             return
         pack_id = secrets.token_hex(16)
         target = self._archive.quarantine_path(pack_id)
@@ -381,7 +356,7 @@ class Admission:
                     self._archive.adopt(deposit)
             with PackFile(target) as archived:
                 opened = open_pack(archived, self._keyring, record)
-                found = [j for j in self._judge(opened, whole=False, pack_id=pack_id) if isinstance(j, Judged)]
+                found = [j for j in self._examiner.judge(opened, whole=False, pack_id=pack_id) if isinstance(j, Judged)]
                 kept = found if quarantined else [_settled(j) for j in found]
                 self._file(pack_id, record.place, kept)
         except (OSError, pack.PackError, SealError, KeyringError, AnchorError) as error:
@@ -402,25 +377,16 @@ class Admission:
             return
         if self._index.place_of(pack_id) != "objects":
             self._finish(pack_id)
-        left = [frame for frame in _frames(file) if not self._archived(file, frame)]
+        left = [frame for frame in frames(file) if not self._examiner.archived(file, frame)]
         if left:
             # Copies of what was held were left out; nothing else may be.
-            judged = [j for j in self._judge(self._deposit(file), whole=True) if isinstance(j, Judged)]
+            judged = [
+                j for j in self._examiner.judge(self._examiner.deposit(file), whole=True) if isinstance(j, Judged)
+            ]
             again = {j.record.frame.offset for j in judged if j.verdict is Verdict.AGAIN}
             if not again.issuperset(frame.offset for frame in left):
                 raise pack.PackError(OTHER_KEY)
         self._archive.remove_deposit(file.path)
-
-    def _archived(self, file: PackFile, frame: pack.Frame) -> bool:
-        """Tell whether the archive holds a record byte for byte, wherever in it."""
-        for place in self._index.of_object(frame.object_id):
-            path = self._archive.find(place.pack_id)
-            if path is None or path == file.path or place.frame.encode() != frame.encode():
-                continue
-            with PackFile(path) as other:
-                if _range_digest(other, place.frame) == _range_digest(file, frame):
-                    return True
-        return False
 
     # --- decisions
 
@@ -451,19 +417,9 @@ class Admission:
                 opened = open_pack(file, self._keyring, self._keys_db.find(chosen.pack_id))
                 self._index.describe(opened.attributes(chosen.frame))
 
-    # --- reading and judging
-
-    def _deposit(self, file: PackFile) -> OpenedPack:
-        if file.header.key_id.hex() != file.path.name or file.header.store_id != self._keyring.store_id:
-            raise pack.PackError("its name or store is not the one in its header")
-        if file.header.version == 0:
-            raise pack.PackError("a deposit without a key that the store does not know")
-        version = self._keyring.version(file.header.version)
-        return OpenedPack(file, version.unwrap_deposit(file.header.wrapped, file.header.key_id))
-
     def _read_all(self, pack_id: str, opened: OpenedPack) -> Findings:
         findings = Findings([], 0, pack.PAGE)
-        for found in self._judge(opened, whole=True, pack_id=pack_id):
+        for found in self._examiner.judge(opened, whole=True, pack_id=pack_id):
             if isinstance(found, Unreadable):
                 findings.unreadable += 1
                 self._report(pack_id, found)
@@ -471,62 +427,6 @@ class Admission:
                 findings.judged.append(found)
                 findings.end = found.record.frame.end
         return findings
-
-    def _judge(
-        self, opened: OpenedPack, *, start: int = pack.PAGE, whole: bool, closed: bool = True, pack_id: str = ""
-    ) -> Iterator[Judged | Unreadable]:
-        pack_id = pack_id or opened.file.path.name
-        first_study = self._index.study_of(pack_id) if start > pack.PAGE else ""
-        patients: dict[str, Patient | None] = {}
-        batch: dict[str, Place] = {}
-        for found in opened.records(start, whole=whole, closed=closed):
-            if isinstance(found, Unreadable):
-                yield found
-                continue
-            study = found.attributes.text(attributes.STUDY)
-            uid = found.attributes.text(attributes.SOP_INSTANCE)
-            first_study = first_study or study
-            if study not in patients:
-                patients[study] = self._index.patient(study)
-            held = batch.get(uid) or self._index.held(uid, besides=pack_id)
-            decided = judge(
-                first_study=first_study,
-                study=study,
-                patient=patients[study],
-                instance=patient_of(found.attributes),
-                held_syntax=held.transfer_syntax if held else None,
-                syntax=found.attributes.transfer_syntax,
-            )
-            verdict, reason = decided or self._compare(found, opened, held)
-            if verdict is Verdict.HOLD:
-                batch[uid] = Place(pack_id, found.frame, found.attributes.transfer_syntax)
-                # The first instance says whom its study is about, for the others of its own pack too.
-                patients[study] = patients[study] or patient_of(found.attributes)
-            yield Judged(found, verdict, reason)
-
-    def _compare(self, record: Record, opened: OpenedPack, held: Place | None) -> tuple[Verdict, str]:
-        if held is None:
-            return Verdict.HOLD, ""
-        try:
-            if held.pack_id == opened.file.path.name:
-                first = _digest(opened.dataset(held.frame))
-            else:
-                path = self._archive.find(held.pack_id)
-                if path is None:
-                    raise FileNotFoundError(held.pack_id)
-                with PackFile(path) as file:
-                    other = open_pack(file, self._keyring, self._keys_db.find(held.pack_id))
-                    first = _digest(other.dataset(held.frame))
-        except (OSError, pack.PackError, SealError, KeyringError, AnchorError):
-            return Verdict.HEAL, "the one that was held opens no more"
-        if first == _digest(opened.dataset(record.frame)):
-            return Verdict.AGAIN, "identical content is held"
-        return Verdict.QUARANTINE, OTHER_CONTENT
-
-    def _held_safely(self, record: Record, pack_id: str) -> bool:
-        """Tell whether the instance that a record repeats is admitted, so that the record can go."""
-        held = self._index.held(record.attributes.text(attributes.SOP_INSTANCE), besides=pack_id)
-        return held is not None and self._archive.find(held.pack_id) != self._archive.incoming / held.pack_id
 
     # --- telling
 
@@ -579,22 +479,6 @@ class Admission:
                 self._say_once(path.name, f"{path.name} in incoming is no deposit and cannot be removed")
 
 
-def open_pack(file: PackFile, keyring: Keyring, record: StudyKeyRecord | None) -> OpenedPack:
-    """Return a pack with its study key: from its record if it has one, else as a deposit.
-
-    Raises:
-        SealError: Its key does not open, or the pack is not the one that the key was sealed for.
-        KeyringError: Its key version is not in the keyring.
-        AnchorError: The anchor of its key version is not here.
-    """
-    if record is None:
-        version = keyring.version(file.header.version)
-        return OpenedPack(file, version.unwrap_deposit(file.header.wrapped, file.header.key_id))
-    if record.place.key_id != file.header.key_id or record.place.length != file.size:
-        raise SealError("the pack is not the one that its study key was sealed for")
-    return OpenedPack(file, keyring.version(record.version).unwrap_study(record.sealed, record.place))
-
-
 def study_tag(keyring: Keyring, study: str) -> bytes:
     """Return the keyed hash that stands for a study outside the index."""
     return hmac.digest(keyring.body.tag_key, b"study\0" + study.encode("ascii"), "sha256")
@@ -612,30 +496,3 @@ def _settled(judged: Judged) -> Judged:
     if judged.verdict is Verdict.QUARANTINE:
         return Judged(judged.record, Verdict.AGAIN, judged.reason)
     return judged
-
-
-def _frames(file: PackFile) -> Iterator[pack.Frame]:
-    size = file.size
-    offset: int | None = pack.PAGE
-    while offset is not None:
-        try:
-            frame = pack.frame_at(file.read, offset, size)
-        except pack.PackError:
-            offset = pack.resync(file.read, offset, size)
-            continue
-        if frame is None:
-            return
-        yield frame
-        offset = pack.page_after(frame.end)
-
-
-def _digest(parts: Iterator[bytes]) -> bytes:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
-
-
-def _range_digest(file: PackFile, frame: pack.Frame) -> bytes:
-    starts = range(frame.dataset_start, frame.end, 1 << 20)
-    return _digest(file.read(start, min(1 << 20, frame.end - start)) for start in starts)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 
 from storage.attributes import Attributes
-from storage.index import Patient, fold
+from storage.index import Patient
+from storage.search import fold
 
 
 class Verdict(enum.Enum):

@@ -13,7 +13,7 @@ from storage.keysdb import StudyKeyRecord
 from storage.pack import PackError
 from storage.packfile import PackFile, Record, frames_digest
 from storescp.errors import LOCKED, StrongroomError
-from storescp.vault.admit import open_pack
+from storescp.vault.examine import open_pack
 from storescp.vault.opened import Open, Reader
 
 # Progress is told this often, in packs.

@@ -12,9 +12,10 @@ import pytest
 
 from storage import attributes
 from storage.attributes import Attributes, Element, Received, Undecoded
-from storage.index import FilterError, Filters, Index, Place, Row, date_range, fold
+from storage.index import Index, Place, Row
 from storage.pack import PAGE, Frame
 from storage.packfile import Record
+from storage.search import FilterError, Filters, date_range, fold
 from storage.sqlite import DatabaseError, connect
 
 KEY = (bytes(range(32)), bytes(range(16)))
