@@ -119,6 +119,14 @@ def read_all(folder: Path) -> Peers:
     Raises:
         PeerError: One is malformed, or two name the same AE title; then none is taken.
     """
+    peers, errors = read_good(folder)
+    if errors:
+        raise PeerError("\n".join(errors))
+    return peers
+
+
+def read_good(folder: Path) -> tuple[Peers, list[str]]:
+    """Return the peers of a folder whose files are good, and what is wrong with the others."""
     by_title: dict[str, Peer] = {}
     errors = []
     for file in sorted(folder.glob("*.toml")):
@@ -129,9 +137,7 @@ def read_all(folder: Path) -> Peers:
             by_title[peer.ae_title] = peer
         except PeerError as error:
             errors.append(str(error))
-    if errors:
-        raise PeerError("\n".join(errors))
-    return Peers(by_title)
+    return Peers(by_title), errors
 
 
 def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:

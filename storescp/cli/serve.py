@@ -51,15 +51,16 @@ def gate_command(given: str | None, /) -> None:
 
 @click.command("gate-worker", hidden=True)
 @click.option("--channel", type=int, required=True, help="The inherited channel to the gate's first process.")
+@click.option("--replaces", is_flag=True, help="Another worker died.")
 @click.pass_obj
-def gate_worker_command(given: str | None, /, channel: int) -> None:
+def gate_worker_command(given: str | None, /, channel: int, replaces: bool) -> None:
     """Run a worker of the gate; the gate starts its workers itself."""
     from storescp import child
     from storescp.gate import worker
 
     config = _started("gate", given)
     child.die_with_parent()
-    worker.run(config, socket.socket(fileno=channel))
+    worker.run(config, socket.socket(fileno=channel), replaces=replaces)
 
 
 @click.command("vault")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import msgspec
@@ -45,8 +46,17 @@ def receive(channel: socket.socket) -> tuple[Message, list[int]]:
         ChannelError: There is none any more.
         OSError: It cannot be received; BlockingIOError, where the channel must not wait and is empty.
     """
-    content, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    content, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE_BYTES, 1)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
     try:
         return msgspec.json.decode(content, type=Message), descriptors
     except msgspec.MsgspecError:
+        close(descriptors)
         raise ChannelError("closed" if not content else "malformed message") from None
+
+
+def close(descriptors: list[int]) -> None:
+    """Close descriptors that came with a message and are not wanted."""
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -59,11 +59,12 @@ class _Worker:
         self.ready = False
         self.connections: set[int] = set()
 
-    def start(self) -> socket.socket:
+    def start(self, *, replaces: bool = False) -> socket.socket:
         """Start the process; return this end of its channel."""
         ours, theirs = channel.pair()
         with theirs:
-            self.child.start(str(theirs.fileno()), descriptors=[theirs.fileno()])
+            more = ["--replaces"] if replaces else []
+            self.child.start(str(theirs.fileno()), *more, descriptors=[theirs.fileno()])
         ours.setblocking(False)
         self.channel = ours
         return ours
@@ -95,6 +96,7 @@ class _Gate:
         self._stamp = self._files()
         self._peers = 0
         self._kept = ""
+        self._asked: set[_Worker] = set()
         self._short = ""
         self._listeners = [_bind(*parse_address(address)) for address in self._settings.listen]
         # A signal makes the selector's wait end.
@@ -171,13 +173,12 @@ class _Gate:
         for worker in self._workers:
             if worker.child.is_due():
                 self._lose(worker)
-                self._selector.register(worker.start(), selectors.EVENT_READ, worker)
+                self._selector.register(worker.start(replaces=True), selectors.EVENT_READ, worker)
         if self._reload or self._files() != self._stamp:
             self._reload = False
             self._stamp = self._files()
-            self._peers, self._kept = -1, ""
-            for worker in self._workers:
-                worker.send(Message("reload"))
+            self._kept = ""
+            self._asked = {worker for worker in self._workers if worker.send(Message("reload"))}
         try:
             self._tell_space()
         except OSError as error:
@@ -200,11 +201,14 @@ class _Gate:
         if worker.channel is None:
             return
         try:
-            message, _ = channel.receive(worker.channel)
+            message, descriptors = channel.receive(worker.channel)
+            channel.close(descriptors)
         except BlockingIOError:
             return
-        except (ChannelError, OSError):
+        except (ChannelError, OSError) as error:
             self._lose(worker)
+            if str(error) != "closed":
+                worker.child.signal(signal.SIGKILL)
             return
         match message.kind:
             case "ended":
@@ -213,12 +217,22 @@ class _Gate:
             case "ready":
                 worker.ready = True
                 self._peers = message.number
-            case "peers" if self._peers != message.number:
-                self._peers = message.number
-                log.info("peers and certificates read: %d peers", message.number)
-            case "kept" if self._kept != message.text:
-                self._kept = message.text
-                log.error("peers and certificates stay as they were: %s", message.text)
+            case "peers" | "kept":
+                self._kept = self._kept or message.text
+                self._peers = message.number if message.kind == "peers" else self._peers
+                self._answered(worker)
+
+    def _answered(self, worker: _Worker) -> None:
+        """Say what became of a reload when every worker has answered: the next connection may be any worker's."""
+        if worker not in self._asked:
+            return
+        self._asked.discard(worker)
+        if self._asked:
+            return
+        if self._kept:
+            log.error("peers and certificates stay as they were: %s", self._kept)
+        else:
+            log.info("peers and certificates read: %d peers", self._peers)
 
     def _lose(self, worker: _Worker) -> None:
         """Let go of a worker that ended: what it served ended with it."""
@@ -227,7 +241,7 @@ class _Gate:
             worker.channel.close()
         worker.channel, worker.ready = None, False
         worker.connections.clear()
-        worker.child.signal(signal.SIGKILL)
+        self._answered(worker)
 
     def _accept(self, listening: socket.socket) -> None:
         try:

@@ -19,15 +19,23 @@ from storescp.gate import channel
 from storescp.gate.channel import ChannelError, Message
 from storescp.gate.connection import Connections, Policy
 from storescp.gate.tls import server_context
+from storescp.log import escape
 from storescp.peers import PeerError
 
 _TICK_SECONDS = 0.5
+# Of a message on the channel; escaped characters take more than one byte there.
+_REASON_LIMIT = 500
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, gate: socket.socket) -> None:
+def run(config: Config, gate: socket.socket, *, replaces: bool) -> None:
     """Serve what comes over a channel until SIGTERM, or the channel's end.
+
+    Args:
+        config: The configuration.
+        gate: The channel to the gate's first process.
+        replaces: Another worker died. A peer file that broke meanwhile must not end receiving: it is left out.
 
     Raises:
         StrongroomError: It cannot start.
@@ -45,7 +53,7 @@ def run(config: Config, gate: socket.socket) -> None:
     try:
         deposits.check()
         watch = space.Watch(config)
-        connections = Connections(settings, _policy(config), deposits, watch)
+        connections = Connections(settings, _policy(config, lenient=replaces), deposits, watch)
     except (DepositError, PeerError, OSError) as error:
         raise StrongroomError(f"the gate cannot start: {error}") from error
     worker = _Worker(config, gate, connections, watch)
@@ -97,7 +105,7 @@ class _Worker:
             message, descriptors = channel.receive(self._gate)
         except (ChannelError, OSError):
             return False
-        if message.kind == "connection" and descriptors:
+        if message.kind == "connection" and len(descriptors) == 1:
             sock = socket.socket(fileno=descriptors[0])
             number = message.number
             self._connections.take(sock, message.text, lambda: self.tell(Message("ended", number)))
@@ -119,11 +127,16 @@ class _Worker:
             self._connections.policy = _policy(self._config)
         except (PeerError, OSError) as error:
             reason = "a certificate or key cannot be read" if isinstance(error, ssl.SSLError) else str(error)
-            self.tell(Message("kept", 0, reason[:1000]))
+            self.tell(Message("kept", 0, escape(reason)[:_REASON_LIMIT]))
             return
         self.tell(Message("peers", len(self._connections.policy.peers.by_title)))
 
 
-def _policy(config: Config) -> Policy:
-    found = peers.read_all(config.peers)
+def _policy(config: Config, *, lenient: bool = False) -> Policy:
+    if lenient:
+        found, errors = peers.read_good(config.peers)
+        for error in errors:
+            log.error("a peer is left out until its file is mended: %s", error)
+    else:
+        found = peers.read_all(config.peers)
     return Policy(found, server_context(config.certificate, config.private_key, config.trust, found))
