@@ -9,7 +9,7 @@ VAR := var
 CONFIG := $(VAR)/strongroom.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve demo test crash bench lock clean
+.PHONY: serve demo test crash fuzz bench lock clean
 
 # What runs needs no test tools: each list of pinned, hashed requirements has a stamp of its own.
 $(VENV)/run.stamp: .ci/requirements/run.txt pyproject.toml
@@ -48,6 +48,12 @@ test: $(VENV)/test.stamp
 crash: $(VENV)/test.stamp
 	@.ci/apt
 	STRONGROOM_CRASH=all STRONGROOM_CRASH_ROUNDS=200 $(BIN)/pytest tests/crash --timeout 7200
+
+# Every parser that bytes from outside reach, SECONDS each, one after the other; TARGET names one of them.
+SECONDS := 300
+TARGET := all
+fuzz: $(VENV)/test.stamp
+	nice $(BIN)/python tests/fuzz/run.py $(TARGET) --seconds $(SECONDS) --corpus $(VAR)/fuzz
 
 # Takes up to 42 GB while it runs; as root also with two users and on a journaled image. '--from var/bench.json' shows the figures again.
 bench: $(VENV)/test.stamp

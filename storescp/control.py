@@ -47,7 +47,7 @@ class Request(msgspec.Struct, frozen=True):
         """
         try:
             return msgspec.json.decode(self.body or b"{}", type=kind)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise StrongroomError(f"the request is malformed: {error}") from error
 
 

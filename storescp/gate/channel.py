@@ -51,7 +51,7 @@ def receive(channel: socket.socket) -> tuple[Message, list[int]]:
         os.set_inheritable(descriptor, False)
     try:
         return msgspec.json.decode(content, type=Message), descriptors
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         close(descriptors)
         raise ChannelError("closed" if not content else "malformed message") from None
 

@@ -23,6 +23,8 @@ from storescp.gate.transfer import ENCODINGS, STORAGE_CLASSES, VERIFICATION
 from storescp.gate.wire import WireError
 from storescp.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
 
+# Header, version and two AE titles of 16 bytes each.
+_TITLES_END = 42
 _ACCEPTED, _NO_ABSTRACT_SYNTAX, _NO_TRANSFER_SYNTAX = 0x00, 0x03, 0x04
 
 
@@ -55,6 +57,8 @@ def decode(pdu: bytes) -> Request:
     Raises:
         WireError: It is malformed.
     """
+    if len(pdu) < _TITLES_END:
+        raise WireError("the association request is malformed")
     try:
         request = A_ASSOCIATE_RQ()
         request.decode(pdu)
