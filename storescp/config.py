@@ -51,8 +51,10 @@ class Gate(msgspec.Struct, kw_only=True):
     workers: int = 0
     maximum_pdu: int = 131_072
     maximum_associations: int = 100
+    maximum_per_address: int = 50
     request_seconds: int = 15
     idle_seconds: int = 60
+    message_seconds: int = 3600
     drain_seconds: int = 30
     pack_bytes: int = 1 << 30
     pack_idle_seconds: int = 5
@@ -113,8 +115,10 @@ EXPLAINED = {
     "gate.workers": "Processes that receive; 0 for as many as there are cores. Limits hold over all of them.",
     "gate.maximum_pdu": "Largest PDU accepted, in bytes, 4096 to 1048576; offered in the negotiation and enforced.",
     "gate.maximum_associations": "Connections at a time; more are closed at once.",
+    "gate.maximum_per_address": "Of these, connections from one address: no device can take all places.",
     "gate.request_seconds": "Time for the TLS handshake, and again for the association request.",
     "gate.idle_seconds": "An established association that sends nothing for this long is aborted.",
+    "gate.message_seconds": "Time for one message, however it trickles in; a longer one is aborted.",
     "gate.drain_seconds": "When stopping: time for associations in transfer to finish.",
     "gate.pack_bytes": "A pack is closed at this size; a study may have many.",
     "gate.pack_idle_seconds": "A pack is closed when nothing was added for this long.",
@@ -307,8 +311,10 @@ def _check(settings: Settings) -> list[str]:
         ("workers", 0, 64),
         ("maximum_pdu", 4096, 1 << 20),
         ("maximum_associations", 1, 10_000),
+        ("maximum_per_address", 1, 10_000),
         ("request_seconds", 1, 600),
         ("idle_seconds", 1, 86_400),
+        ("message_seconds", 1, 86_400),
         ("drain_seconds", 0, 3600),
         ("pack_bytes", 1 << 20, 1 << 40),
         ("pack_idle_seconds", 1, 3600),

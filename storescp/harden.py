@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import resource
@@ -11,9 +12,14 @@ from pathlib import Path
 from storescp.config import Config
 from storescp.errors import StrongroomError
 
+_PR_SET_DUMPABLE = 4
+_PR_SET_NO_NEW_PRIVS = 38
+
 
 def harden(umask: int) -> None:
     """Forbid core dumps, which would write keys and plaintext to a disk, and open new files to nobody else.
+
+    Other processes of the same user may neither trace this one nor read its memory, and what it starts gains no rights.
 
     As many files may be open as the system lets: connections and packs have a descriptor each.
 
@@ -23,6 +29,10 @@ def harden(umask: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for option, value in ((_PR_SET_DUMPABLE, 0), (_PR_SET_NO_NEW_PRIVS, 1)):
+        if libc.prctl(option, value, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl")
     os.umask(umask)
 
 

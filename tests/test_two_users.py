@@ -68,9 +68,7 @@ def two(home: Path) -> Iterator[Server]:
         yield server.start()
     finally:
         server.stop(signal.SIGKILL)
-        for verb in ("serve", "gate", "vault"):
-            for pid in server.pids(verb):
-                os.kill(pid, signal.SIGKILL)
+        server.kill_all()
 
 
 class Forger:
@@ -157,6 +155,16 @@ def test_each_runs_as_its_own_user_and_the_gate_can_read_nothing_of_the_vault(tw
             (two.home / "spool" / "public" / "deposit-2.key").write_bytes(b"")
     assert all(p.stat().st_uid == uids["vault"] for p in (two.store / "objects").rglob("*"))
     intact(two, "out", CT, MR)
+
+
+def test_a_process_of_the_same_user_cannot_trace_ours_or_read_their_memory(two: Server) -> None:
+    for verb, user in (("gate", GATE), ("gate-worker", GATE), ("vault", VAULT)):
+        for pid in two.pids(verb):
+            status = Path(f"/proc/{pid}/status").read_text()
+            assert f"Uid:\t{pwd.getpwnam(user).pw_uid}\t" in status
+            assert "NoNewPrivs:\t1\n" in status
+            # What the kernel lets nobody trace or dump belongs to root in /proc, whoever runs it.
+            assert Path(f"/proc/{pid}/mem").stat().st_uid == 0, verb
 
 
 def test_a_descriptor_that_the_gate_kept_reaches_nothing_that_is_admitted(two: Server) -> None:

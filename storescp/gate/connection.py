@@ -165,7 +165,7 @@ class Connections:
         )
         connection.deadline = None
         connection.associated = True
-        association = Association(stream, reader, agreement, origin, self._deposits, settings.idle_seconds, self._space)
+        association = Association(stream, reader, agreement, origin, self._deposits, settings, self._space)
         self._converse(stream, association, origin, rest)
 
     def _first(self, stream: Stream, reader: wire.Reader) -> list[wire.Pdu | wire.Fragment]:
@@ -203,7 +203,7 @@ class Connections:
             ending = f"aborted: {error}"
             self._tell_last(stream, wire.abort(reason=6))
         except TimeoutError:
-            ending = "aborted: idle for too long"
+            ending = f"aborted: {association.overdue}"
             self._tell_last(stream, wire.abort(reason=0))
         except OSError as error:
             ending = f"broken off: {type(error).__name__}"

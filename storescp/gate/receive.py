@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 
 from storage.deposit import Deposits
+from storescp.config import Gate
 from storescp.gate import dimse, wire
 from storescp.gate.describe import Describer
 from storescp.gate.dimse import Command
@@ -41,7 +43,7 @@ class Association:
         agreement: Agreement,
         origin: Origin,
         deposits: Deposits,
-        idle_seconds: float,
+        settings: Gate,
         space: Watch,
     ) -> None:
         self._space = space
@@ -50,13 +52,20 @@ class Association:
         self._agreement = agreement
         self._origin = origin
         self._deposits = deposits
-        self._idle_seconds = idle_seconds
+        self._idle_seconds = settings.idle_seconds
+        self._message_seconds = settings.message_seconds
+        self._deadline = 0.0
         self._command_part = bytearray()
         self._command: tuple[Command, int] | None = None
         self._incoming: Incoming | None = None
         self._describer = Describer()
         self._between = True
         self.tally = Tally()
+
+    @property
+    def overdue(self) -> str:
+        """What took too long, after a TimeoutError."""
+        return "idle for too long" if self._between else "a message took too long, or stopped in the middle"
 
     def run(self, rest: list[wire.Pdu | wire.Fragment]) -> str:
         """Serve the association until it ends; return how it ended, for the log.
@@ -69,13 +78,14 @@ class Association:
             OSError: The connection broke or was idle for too long.
         """
         buffer = memoryview(bytearray(_RECEIVE_BYTES))
+        self._begin_phase(between=True)
         try:
             for event in rest:
                 if ending := self._handle(event):
                     return ending
             while True:
                 try:
-                    count = self._stream.receive(buffer, self._idle_seconds, between=self._between)
+                    count = self._stream.receive(buffer, self._patience(), between=self._between)
                 except StoppingError:
                     self._stream.send(wire.abort(reason=0), self._idle_seconds)
                     return "aborted: the server is stopping"
@@ -88,9 +98,27 @@ class Association:
             if self._incoming is not None:
                 self._incoming.abandon()
 
+    def _patience(self) -> float:
+        """Return how long to wait for the next bytes.
+
+        A peer that lets single bytes trickle in gains nothing: the time counts from where a message began or ended.
+
+        Raises:
+            TimeoutError: It is over.
+        """
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return min(left, self._idle_seconds)
+
+    def _begin_phase(self, *, between: bool) -> None:
+        self._between = between
+        self._deadline = time.monotonic() + (self._idle_seconds if between else self._message_seconds)
+
     def _handle(self, event: wire.Pdu | wire.Fragment) -> str:
         if isinstance(event, wire.Fragment):
-            self._between = False
+            if self._between:
+                self._begin_phase(between=False)
             self._fragment(event)
             return ""
         if event.kind == wire.RELEASE_RQ:
@@ -130,7 +158,7 @@ class Association:
         except dimse.CommandError as error:
             raise wire.WireError(str(error)) from error
         if command.field == dimse.C_CANCEL_RQ:
-            self._between = True
+            self._begin_phase(between=True)
             return
         self._command = (command, context_id)
         if command.field == dimse.C_STORE_RQ and context.abstract_syntax != VERIFICATION and command.has_data_set:
@@ -168,7 +196,7 @@ class Association:
             maximum=self._agreement.maximum_pdu,
         )
         self._stream.send(reply, self._idle_seconds)
-        self._between = True
+        self._begin_phase(between=True)
 
 
 def new_association_id() -> str:

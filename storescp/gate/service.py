@@ -57,7 +57,8 @@ class _Worker:
         self.child = Child(config, f"gate's worker {number}", ["gate-worker", "--channel"])
         self.channel: socket.socket | None = None
         self.ready = False
-        self.connections: set[int] = set()
+        # What it serves, and from which address each comes.
+        self.connections: dict[int, str] = {}
 
     def start(self, *, replaces: bool = False) -> socket.socket:
         """Start the process; return this end of its channel."""
@@ -213,7 +214,7 @@ class _Gate:
         match message.kind:
             case "ended":
                 # Only what it was given: a worker that is broken into frees nobody else's.
-                worker.connections.discard(message.number)
+                worker.connections.pop(message.number, None)
             case "ready":
                 worker.ready = True
                 self._peers = message.number
@@ -254,13 +255,17 @@ class _Gate:
             return
         address = _name(found)
         with sock:
-            if sum(len(w.connections) for w in self._workers) >= self._settings.maximum_associations:
+            hosts = [host for worker in self._workers for host in worker.connections.values()]
+            if len(hosts) >= self._settings.maximum_associations:
                 log.warning("connection from %s closed: the limit of associations is reached", address)
+                return
+            if hosts.count(found[0]) >= self._settings.maximum_per_address:
+                log.warning("connection from %s closed: the limit of connections from one address is reached", address)
                 return
             self._count += 1
             for worker in sorted(self._workers, key=lambda w: len(w.connections)):
                 if worker.ready and worker.send(Message("connection", self._count, address), sock.fileno()):
-                    worker.connections.add(self._count)
+                    worker.connections[self._count] = found[0]
                     return
             log.warning("connection from %s closed: no worker can take it now", address)
 

@@ -504,7 +504,7 @@ def _associated(parts: Iterable[bytes]) -> tuple[str, bytes, list[tuple[object, 
     origin = Origin("ab", "CT1", "STRONGROOM", "192.0.2.1:1024", "")
     agreement = Agreement(b"", _CONTEXTS, MAXIMUM_PDU)
     try:
-        ending = Association(outside, Reader(MAXIMUM_PDU), agreement, origin, outside, 1.0, outside).run([])
+        ending = Association(outside, Reader(MAXIMUM_PDU), agreement, origin, outside, config.Gate(), outside).run([])
     except WireError:
         # Of two broken rules, the one that shows first depends on the pieces.
         ending = "broken off"
