@@ -159,6 +159,7 @@ def test_each_runs_as_its_own_user_and_the_gate_can_read_nothing_of_the_vault(tw
 
 def test_a_process_of_the_same_user_cannot_trace_ours_or_read_their_memory(two: Server) -> None:
     for verb, user in (("gate", GATE), ("gate-worker", GATE), ("vault", VAULT)):
+        assert two.pids(verb)
         for pid in two.pids(verb):
             status = Path(f"/proc/{pid}/status").read_text()
             assert f"Uid:\t{pwd.getpwnam(user).pw_uid}\t" in status

@@ -55,7 +55,8 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
             raise StrongroomError(f"the vault cannot listen on {config.socket}: {error}") from error
         log.warning("%s", TOTAL_LOSS)
         notify.ready()
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
         done = True
         # Between two turns whoever waits for the vault's state gets it.
         while not stop.wait(_TICK_SECONDS if done else 0.01):
