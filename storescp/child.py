@@ -63,7 +63,8 @@ class Child:
             steady = time.monotonic() - self._started > _STEADY_SECONDS
             self._failures = 0 if steady else self._failures + 1
             delay = min(2.0 ** (self._failures - 1), _BACKOFF_LIMIT) if self._failures else 0.0
-            log.error("the %s ended with status %d; it is started again in %g s", self.name, status, delay)
+            when = f"in {delay:g} s" if delay else "at once"
+            log.error("the %s ended with status %d; it is started again %s", self.name, status, when)
             self._process = None
             self._due = time.monotonic() + delay
         return self._process is None and time.monotonic() >= self._due

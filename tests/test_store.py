@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import Server, changed, send
 from pydicom.data import get_testdata_file
 from scu import raw_data_set
@@ -188,3 +190,24 @@ def test_what_stands_between_records_is_not_carried_into_the_archive(
     (admitted,) = [p for p in (server.store / "objects").rglob("*") if p.is_file()]
     assert b"smuggled" not in admitted.read_bytes()
     assert server.run("verify").status == 0
+
+
+@pytest.mark.parametrize(("started", "admits"), [(0, 10), (15, 19)])
+def test_admission_yields_to_those_who_receive_and_ask_however_the_vault_is_started(
+    make_server: Callable[[], Server], started: int, admits: int
+) -> None:
+    server = make_server()
+    server.init()
+    server.add_peer("CT1")
+    server.start("gate")
+    assert send(server, [CT]) == [0]
+    server.stop()
+    own = os.nice(0)
+    command = ["nice", "-n", str(started), sys.executable, "-m", "storescp", "--config", str(server.config), "vault"]
+    server.start_command(command, "vault")
+    server.wait_log("admitted 1 packs")
+    [vault] = server.pids("vault")
+    tasks = [int(task.name) for task in Path(f"/proc/{vault}/task").iterdir()]
+    nice = {task: os.getpriority(os.PRIO_PROCESS, task) for task in tasks}
+    assert nice.pop(vault) == min(19, own + admits)
+    assert set(nice.values()) == {min(19, own + started)}

@@ -294,6 +294,48 @@ def test_sigterm_lets_every_worker_finish_the_object_it_is_receiving(gate: Serve
         assert scu.store(association, items[0]).Status == 0
     assert inner.result(0) == 0
     assert gate.stop() == 0
-    assert len([line for line in gate.log if re.search("association .*: 1 stored, 0 refused", line)]) == 2
+    assert len([line for line in gate.log if re.search("association .* released: 1 stored, 0 refused", line)]) == 2
     gate.start()
     assert held(gate) == {item.sop_instance: item.data for item in items}
+
+
+def test_a_reload_is_told_when_every_worker_has_taken_it_up(gate: Server) -> None:
+    gate.start("gate")
+    stopped = gate.pids("gate-worker")[0]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        gate.add_peer("MR1")
+        with pytest.raises(AssertionError, match="no log line matches"):
+            # The other worker answers in a moment.
+            gate.wait_log("peers and certificates read", 3)
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    gate.wait_log("peers and certificates read: 2 peers")
+
+
+def test_a_broken_peer_file_ends_nothing_also_when_all_workers_die(gate: Server) -> None:
+    gate.start("gate")
+    with associated(gate):
+        # As a reason this is longer than a message between gate and worker may be.
+        uid = "\\u0001" * 1000
+        (gate.peers / "bad.toml").write_text(f'ae_title = "X"\ncertificates = ["x"]\nprivate_sop_classes = ["{uid}"]\n')
+        gate.wait_log("peers and certificates stay as they were: .*bad.toml")
+        assert scu.send(gate.port, scu.tls(gate.home / "issued" / "CT1"), [instance()]) == [0]
+    gate.kill("gate-worker")
+    for _ in range(2):
+        gate.wait_log(r"the gate's worker [12] receives again")
+    assert len([line for line in gate.log if re.search("a peer is left out until .*bad.toml", line)]) == 2
+    with associated(gate), associated(gate):
+        pass
+
+
+def test_a_worker_that_cannot_start_is_told_with_its_own_status(gate: Server) -> None:
+    gate.start("gate")
+    [published] = (gate.home / "spool" / "public").glob("deposit-*.key")
+    kept = published.rename(published.with_suffix(".kept"))
+    gate.kill("gate-worker")
+    gate.wait_log(r"the gate's worker [12] ended with status 1; it is started again in 2 s")
+    kept.rename(published)
+    gate.wait_log(r"the gate's worker [12] receives again")
+    with associated(gate):
+        pass

@@ -164,9 +164,10 @@ def _lines(status: dict[str, Any]) -> list[str]:
         else f"unlocked, key version {status['key_version']}"
     )
     deposits = status["deposits"]
-    waiting = f"{output.plural(deposits['packs'], 'pack')} waiting ({output.size(deposits['bytes'])} on disk)"
-    since = f", the oldest for {deposits['lag_seconds']:.0f} s, since {deposits['oldest']}"
-    lines.append(waiting + (since if deposits["oldest"] else ""))
+    waiting = f"{output.plural(deposits['packs'], 'pack')} waiting"
+    since = f" for {deposits['lag_seconds']:.0f} s, since {deposits['oldest']}"
+    size = f"; {output.size(deposits['bytes'])} with the space allocated ahead"
+    lines.append(waiting + (since + size if deposits["oldest"] else ""))
     if not status["locked"]:
         counts = status["counts"]
         held = [

@@ -22,7 +22,11 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ChannelError(Exception):
-    """The other side is gone, or sent something else than a message."""
+    """The other side sent something else than a message."""
+
+
+class ClosedError(ChannelError):
+    """The other side is gone."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -43,17 +47,24 @@ def receive(channel: socket.socket) -> tuple[Message, list[int]]:
     """Return the next message and the descriptors that came with it.
 
     Raises:
-        ChannelError: There is none any more.
+        ClosedError: There is none any more.
+        ChannelError: It is malformed.
         OSError: It cannot be received; BlockingIOError, where the channel must not wait and is empty.
     """
-    content, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE_BYTES, 1)
+    try:
+        content, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE_BYTES, 1)
+    except ConnectionResetError:
+        # It ended with messages unread.
+        raise ClosedError("closed") from None
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
     try:
         return msgspec.json.decode(content, type=Message), descriptors
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         close(descriptors)
-        raise ChannelError("closed" if not content else "malformed message") from None
+        if not content:
+            raise ClosedError("closed") from None
+        raise ChannelError("malformed message") from None
 
 
 def close(descriptors: list[int]) -> None:

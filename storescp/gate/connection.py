@@ -21,6 +21,8 @@ from storescp.peers import Peers
 from storescp.space import Watch
 
 _REQUEST_BYTES = 32_768
+# How long a peer has to close the connection after the last PDU: the ARTIM timer of PS3.8.
+_FINISH_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +134,15 @@ class Connections:
     def _serve(self, connection: _Connection) -> None:
         if not isinstance(connection.socket, ssl.SSLSocket):
             raise TypeError("a connection is served before its handshake")
-        settings = self._settings
         fingerprint = hashlib.sha256(connection.socket.getpeercert(binary_form=True) or b"").hexdigest()
         stream = Stream(connection.socket, self._stopping.is_set)
+        try:
+            self._associate(connection, stream, fingerprint)
+        finally:
+            stream.finish(_FINISH_SECONDS)
+
+    def _associate(self, connection: _Connection, stream: Stream, fingerprint: str) -> None:
+        settings = self._settings
         reader = wire.Reader(0)
         first, *rest = self._first(stream, reader)
         request = self._decode(stream, first)

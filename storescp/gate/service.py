@@ -18,12 +18,14 @@ from storescp.child import Child
 from storescp.config import Config, Gate, parse_address
 from storescp.errors import StrongroomError
 from storescp.gate import channel
-from storescp.gate.channel import ChannelError, Message
+from storescp.gate.channel import ChannelError, ClosedError, Message
 from storescp.harden import check_gate
 
 _BACKLOG = 128
 _TICK_SECONDS = 0.5
 _START_SECONDS = 25.0
+# How long a worker whose channel is closed may take to end.
+_LINGER_SECONDS = 5.0
 # What accepting waits when the process is out of descriptors or memory: connections that end free some.
 _EXHAUSTED_SECONDS = 0.1
 
@@ -57,6 +59,7 @@ class _Worker:
         self.child = Child(config, f"gate's worker {number}", ["gate-worker", "--channel"])
         self.channel: socket.socket | None = None
         self.ready = False
+        self.lost_at = 0.0
         # What it serves, and from which address each comes.
         self.connections: dict[int, str] = {}
 
@@ -91,6 +94,7 @@ class _Gate:
         self._selector = selectors.DefaultSelector()
         self._workers = [_Worker(config, number + 1) for number in range(self._settings.worker_count())]
         self._count = 0
+        self._started = False
         self._stopping = False
         self._reload = False
         self._looked = 0.0
@@ -126,6 +130,7 @@ class _Gate:
                 return
             if any(worker.channel is None for worker in self._workers) or time.monotonic() > deadline:
                 raise StrongroomError("the gate cannot start: a worker did not; the log says why")
+        self._started = True
         for listening in self._listeners:
             self._selector.register(listening, selectors.EVENT_READ, listening)
         addresses = ", ".join(_name(s.getsockname()) for s in self._listeners)
@@ -172,6 +177,9 @@ class _Gate:
     def _look(self) -> None:
         """Do what is done twice a second: dead workers, changed files, free space."""
         for worker in self._workers:
+            if worker.channel is None and time.monotonic() - worker.lost_at > _LINGER_SECONDS:
+                # One that cannot be reached any more serves nobody who is counted.
+                worker.child.signal(signal.SIGKILL)
             if worker.child.is_due():
                 self._lose(worker)
                 self._selector.register(worker.start(replaces=True), selectors.EVENT_READ, worker)
@@ -206,10 +214,13 @@ class _Gate:
             channel.close(descriptors)
         except BlockingIOError:
             return
-        except (ChannelError, OSError) as error:
+        except ClosedError:
+            # It is about to end, and its status tells more than that it was killed.
             self._lose(worker)
-            if str(error) != "closed":
-                worker.child.signal(signal.SIGKILL)
+            return
+        except (ChannelError, OSError):
+            self._lose(worker)
+            worker.child.signal(signal.SIGKILL)
             return
         match message.kind:
             case "ended":
@@ -218,6 +229,8 @@ class _Gate:
             case "ready":
                 worker.ready = True
                 self._peers = message.number
+                if self._started:
+                    log.info("the %s receives again", worker.child.name)
             case "peers" | "kept":
                 self._kept = self._kept or message.text
                 self._peers = message.number if message.kind == "peers" else self._peers
@@ -240,6 +253,7 @@ class _Gate:
         if worker.channel is not None:
             self._selector.unregister(worker.channel)
             worker.channel.close()
+            worker.lost_at = time.monotonic()
         worker.channel, worker.ready = None, False
         worker.connections.clear()
         self._answered(worker)

@@ -78,11 +78,19 @@ class Stream:
                 until = until or time.monotonic() + seconds
                 self._wait(want, until, between=False)
 
-    def close(self) -> None:
-        """Close the connection, whatever state it is in."""
+    def finish(self, seconds: float) -> None:
+        """Send no more, and wait so long for the peer to close; the caller closes (PS3.8 9.2, state 13).
+
+        Closing while bytes of the peer are unread resets the connection, and the last reply could be lost with it.
+        """
+        until = time.monotonic() + seconds
         with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+            # Beneath TLS: SSLSocket.shutdown drops the TLS state.
+            socket.socket.shutdown(self._connection, socket.SHUT_WR)
+            self._poll.modify(self._connection, select.POLLIN)
+            while (left := until - time.monotonic()) > 0 and self._poll.poll(left * 1000):
+                if not socket.socket.recv(self._connection, _TLS_RECORD):
+                    return
 
     def _wait(self, want: Exception, until: float, between: bool) -> None:
         events = select.POLLOUT if isinstance(want, ssl.SSLWantWriteError) else select.POLLIN
@@ -91,7 +99,8 @@ class Stream:
             left = until - time.monotonic()
             if left <= 0:
                 raise TimeoutError
-            if between and self._stopping():
-                raise StoppingError
             if self._poll.poll(min(left, _LOOK_SECONDS) * 1000):
                 return
+            # Only a peer that is quiet is told to go: one that just got its last response is about to release.
+            if between and self._stopping():
+                raise StoppingError

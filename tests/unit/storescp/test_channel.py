@@ -123,3 +123,17 @@ def test_who_must_not_wait_is_told_that_nothing_is_there_or_no_more_fits(ends: P
             channel.send(ends[0], Message("ended", sent))
             sent += 1
     assert [channel.receive(ends[1])[0].number for _ in range(sent)] == list(range(sent))
+
+
+def test_descriptors_that_nobody_wants_are_closed_and_none_is_inherited(ends: Pair) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        socket.send_fds(ends[0], [b"x"], [ends[0].fileno()])
+        with pytest.raises(ChannelError):
+            channel.receive(ends[1])
+    assert len(os.listdir("/proc/self/fd")) == before
+    channel.send(ends[0], Message("connection", 1), ends[0].fileno())
+    _, descriptors = channel.receive(ends[1])
+    assert [os.get_inheritable(descriptor) for descriptor in descriptors] == [False]
+    channel.close(descriptors)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -49,11 +49,11 @@ def ends(request: pytest.FixtureRequest, contexts: tuple[ssl.SSLContext, ssl.SSL
         accepted = other.submit(server.wrap_socket, ours, server_side=True)
         peer = client.wrap_socket(theirs, server_hostname="gate.example")
         stopping = threading.Event()
-        stream = Stream(accepted.result(), stopping.is_set)
-    with peer:
+        connection = accepted.result()
+        stream = Stream(connection, stopping.is_set)
+    with peer, connection:
         assert peer.version() == request.param.name.replace("_", ".")
         yield Ends(stream, peer, stopping)
-    stream.close()
 
 
 @pytest.fixture
@@ -152,6 +152,15 @@ def test_what_came_before_the_stop_is_received_also_between_messages(ends: Ends,
     assert ends.stream.receive(buffer, LONG, between=True) == 9
 
 
+def test_a_peer_that_is_about_to_speak_is_heard_before_it_is_told_of_the_stop(ends: Ends, buffer: memoryview) -> None:
+    ends.stopping.set()
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(ends.stream.receive, buffer, LONG, between=True)
+        time.sleep(0.1)
+        ends.peer.sendall(b"a release")
+        assert waiting.result(LONG) == 9
+
+
 def test_a_wait_between_messages_ends_soon_when_the_stop_comes(ends: Ends, buffer: memoryview) -> None:
     with ThreadPoolExecutor(1) as other:
         waiting = other.submit(ends.stream.receive, buffer, LONG, between=True)
@@ -218,7 +227,37 @@ def test_bytes_that_are_no_tls_are_an_error_that_is_documented(ends: Ends, buffe
         ends.stream.receive(buffer, LONG, between=False)
 
 
-def test_closing_twice_or_after_the_peer_is_no_error(ends: Ends) -> None:
+def test_finishing_reads_away_what_the_peer_still_sends_and_ends_when_it_closes(ends: Ends) -> None:
+    ends.stream.send(b"the last reply", LONG)
+    ends.peer.sendall(CONTENT[: 5 * RECORD])
+    with ThreadPoolExecutor(1) as other:
+        finishing = other.submit(ends.stream.finish, LONG)
+        time.sleep(0.1)
+        ends.peer.sendall(CONTENT[:RECORD])
+        assert ends.peer.recv(100) == b"the last reply"
+        assert not finishing.done()
+        ends.peer.close()
+        finishing.result(LONG / 2)
+
+
+def test_finishing_waits_so_long_and_no_longer_also_for_a_peer_that_keeps_sending(ends: Ends) -> None:
+    ended = threading.Event()
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            while not ended.wait(0.01):
+                ends.peer.sendall(b"more")
+
+    with ThreadPoolExecutor(1) as other:
+        sending = other.submit(send)
+        began = time.monotonic()
+        ends.stream.finish(0.3)
+        assert 0.3 <= time.monotonic() - began < 5
+        ended.set()
+        sending.result(LONG)
+
+
+def test_finishing_with_a_peer_that_is_gone_is_no_error(ends: Ends) -> None:
     ends.peer.close()
-    ends.stream.close()
-    ends.stream.close()
+    ends.stream.finish(LONG)
+    ends.stream.finish(LONG)
