@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from benchmarks import objects
 from benchmarks.programs import found
-from benchmarks.servers import Dcmtk, DcmtkShipped, Orthanc, Server, Sink, Stock
+from benchmarks.servers import Dcmtk, DcmtkShipped, Floor, Orthanc, Server, Sink, Stock
 from benchmarks.strongroom import Strongroom, StrongroomOne
 
 # In the order of the tables.
 SERVERS: dict[str, type[Server]] = {
-    kind.name: kind for kind in (Dcmtk, DcmtkShipped, Orthanc, Stock, Strongroom, StrongroomOne, Sink)
+    kind.name: kind for kind in (Dcmtk, DcmtkShipped, Orthanc, Stock, Strongroom, StrongroomOne, Floor, Sink)
 }
 # Whose memory with many associations is worth knowing.
 _BOUNDED = ("dcmtk", "orthanc", "strongroom", "strongroom-one", "sink")

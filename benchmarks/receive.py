@@ -26,7 +26,7 @@ from benchmarks.result import Result
 from benchmarks.servers import ROOT
 from benchmarks.users import UsersError
 
-_COMPARED = ["dcmtk", "dcmtk-shipped", "orthanc", "pynetdicom", "strongroom", "strongroom-one"]
+_COMPARED = ["dcmtk", "dcmtk-shipped", "orthanc", "pynetdicom", "strongroom", "strongroom-one", "floor"]
 _JOURNAL_SERVERS = ["dcmtk", "orthanc", "strongroom", "strongroom-one"]
 _JOURNAL_CASES = ["ct1", "ct4", "small1", "small4"]
 # An image's own tables and journal, and the space that Strongroom leaves free.

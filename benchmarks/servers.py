@@ -257,6 +257,22 @@ class Sink(Server):
         return [sys.executable, "-m", "benchmarks.sink", str(self.port), *self.pki.server, self.pki.authority]
 
 
+class Floor(Sink):
+    """Decrypts, seals, writes and syncs, and does nothing else: what is left for a receiver in Python to save."""
+
+    name = "floor"
+    title = "floor: TLS, seal, write, sync"
+    without = "everything but that: no checks, no attributes, no index; one data set a record, never read again"
+    cases = ("ct1", "ct4", "small1", "small4")
+    empty_bytes = 4 << 28
+
+    def prepare(self) -> None:
+        (self.folder / "out").mkdir()
+
+    def command(self) -> list[str]:
+        return [*super().command(), str(self.folder / "out")]
+
+
 def _program(name: str) -> str:
     program = found(name)
     if program is None:

@@ -1,19 +1,62 @@
 """A null sink: decrypts, walks PDU headers, answers Success. What the client reaches here is the most it can do.
 
-``python -m benchmarks.sink PORT KEY CERT CA``
+``python -m benchmarks.sink PORT KEY CERT CA [FOLDER]``
+
+With a folder, each data set of up to 1 MB is sealed, written past the page cache into space that holds zeros, and
+synced, as Strongroom does it; nothing is looked at, checked, described or indexed. That is the floor of what a durable
+receiver in Python takes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import ssl
 import struct
 import sys
+from pathlib import Path
+
+from keys.seal import Sealer
+from storage.direct import HALF_BYTES, PAGE, Buffer, create, write_all, zeros
+
+_ZEROED_BYTES = 256 << 20
 
 
-def main(port: int, key: str, certificate: str, authority: str) -> None:
+class _Kept:
+    """What is received on one connection, one record after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor, _ = create(folder / secrets.token_hex(8), 0o600)
+        for offset in range(0, _ZEROED_BYTES, HALF_BYTES):
+            write_all(self._descriptor, zeros(), offset)
+        os.fdatasync(self._descriptor)
+        self._memory = Buffer().halves[0]
+        self._key = secrets.token_bytes(32)
+        self._offset = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sealer = Sealer(self._key, secrets.token_bytes(16))
+        self._filled = 0
+
+    def take(self, data: memoryview) -> None:
+        """Seal a piece of a data set."""
+        self._filled += self._sealer.update_into(data, self._memory[self._filled :])
+
+    def end(self) -> None:
+        """Make the data set durable."""
+        last = self._sealer.finalize()
+        self._memory[self._filled : self._filled + len(last)] = last
+        until = -(-(self._filled + len(last)) // PAGE) * PAGE
+        write_all(self._descriptor, self._memory[:until], self._offset)
+        os.fdatasync(self._descriptor)
+        self._offset += until
+        self._begin()
+
+
+def main(port: int, key: str, certificate: str, authority: str, folder: str = "") -> None:
     """Serve until killed, a child process a connection."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
@@ -29,12 +72,12 @@ def main(port: int, key: str, certificate: str, authority: str) -> None:
             listening.close()
             with contextlib.suppress(OSError):
                 plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                _serve(context.wrap_socket(plain, server_side=True))
+                _serve(context.wrap_socket(plain, server_side=True), _Kept(Path(folder)) if folder else None)
             os._exit(0)
         plain.close()
 
 
-def _serve(connection: ssl.SSLSocket) -> None:
+def _serve(connection: ssl.SSLSocket, kept: _Kept | None) -> None:
     buffer = memoryview(bytearray(1 << 18))
     have = 0
     while True:
@@ -53,7 +96,11 @@ def _serve(connection: ssl.SSLSocket) -> None:
             return
         elif kind != 4:
             return
-        elif buffer[11] == 2 or (buffer[11] == 3 and buffer[10] == 3):
+        elif kept is not None and buffer[11] in {0, 2}:
+            kept.take(buffer[12:length])
+            if buffer[11] == 2:
+                kept.end()
+        if kind == 4 and (buffer[11] == 2 or (buffer[11] == 3 and buffer[10] == 3)):
             connection.sendall(_response(buffer[10]))
         buffer[: have - length] = bytes(buffer[length:have])
         have -= length
@@ -81,4 +128,4 @@ def _response(context: int) -> bytes:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:5])
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -66,6 +66,13 @@ class DepositKey:
         """Return the study key HPKE-sealed for the vault: 1,168 bytes."""
         return _SUITE.encrypt(study_key, self._key, info=_deposit_info(self.store_id, self.version, key_id))
 
+    def seal_record(self, content: bytes, bound_to: bytes) -> bytes:
+        """Return an audit record that only the vault opens, once it is unlocked: 1,168 bytes of key, then the seal."""
+        key = new_key()
+        return _SUITE.encrypt(key, self._key, info=_record_info(self.store_id, self.version, bound_to)) + seal(
+            content, key, bound_to
+        )
+
     def signed_file(self, signing: Ed25519PrivateKey, created: str) -> bytes:
         """Return the content of ``public/deposit-<v>.key``."""
         payload = encoding.canonical(
@@ -150,6 +157,19 @@ class Version:
             raise SealError("a deposit's study key has a wrong length")
         return bytearray(key)
 
+    def open_record(self, sealed: bytes, bound_to: bytes) -> bytes:
+        """Return an audit record that was sealed while the vault was locked.
+
+        Raises:
+            SealError: It was not sealed for this version and place.
+        """
+        info = _record_info(self.store_id, self.version, bound_to)
+        try:
+            key = _SUITE.decrypt(sealed[:WRAPPED_BYTES], self._private, info=info)
+        except (InvalidTag, ValueError):
+            raise SealError("an audit record's key does not open") from None
+        return open_sealed(sealed[WRAPPED_BYTES:], key, bound_to)
+
     def wrap_study(self, study_key: bytes | bytearray, place: StudyKeyPlace) -> bytes:
         """Return the study key sealed under W_v, 104 bytes, bound to its pack."""
         return seal(study_key, self._storage_key, place.context(self.store_id, self.version))
@@ -196,6 +216,10 @@ class StudyKeyPlace(msgspec.Struct, frozen=True):
 def new_key() -> bytearray:
     """Return 32 random bytes."""
     return bytearray(secrets.token_bytes(KEY_BYTES))
+
+
+def _record_info(store_id: bytes, version: int, bound_to: bytes) -> bytes:
+    return context("audit-deposit", store_id, u32(version), bound_to)
 
 
 def _deposit_info(store_id: bytes, version: int, key_id: bytes) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from keys import encoding
-from storage import direct, pack
+from storage import direct, events, pack
 from storage.packfile import PackFile
 
 # Shares the blocks of another file where the file system can (ioctl_ficlone(2)).
@@ -58,7 +58,7 @@ class Archive:
     def unfinished(self) -> list[Path]:
         """Return what lies in ``incoming/`` under another name than a pack's: packs in the making, or never."""
         with os.scandir(self.incoming) as entries:
-            return [Path(e.path) for e in entries if not _is_pack_name(e.name)]
+            return [Path(e.path) for e in entries if not _is_pack_name(e.name) and not e.name.endswith(events.SUFFIX)]
 
     def is_locked(self, path: Path) -> bool:
         """Tell whether somebody holds a file's lock: a gate still makes it, or keeps it for later."""

@@ -18,6 +18,8 @@ WRAPPED_START = 64
 WRAPPED_END = 68 + WRAPPED_BYTES
 FRAME_BYTES = 40
 ATTRIBUTES_LIMIT = 65_536
+# The header's flag: the gate's events and no study.
+EVENTS = 1
 _SEALED_MINIMUM = 72
 _SEALED_ATTRIBUTES_LIMIT = ATTRIBUTES_LIMIT + 136
 
@@ -33,16 +35,17 @@ class PackError(Exception):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """A pack's header. ``version`` 0 and an empty ``wrapped`` once admitted."""
+    """A pack's header. ``version`` 0 and an empty ``wrapped`` once admitted; ``flags`` 0 or ``EVENTS``."""
 
     store_id: bytes
     key_id: bytes
     version: int
     wrapped: bytes
+    flags: int = 0
 
     def bound(self) -> bytes:
         """Return bytes 0-63, which every seal in the pack is bound to."""
-        return _HEAD.pack(MAGIC, 1, 1, BOUND_BYTES, 0, self.store_id, self.key_id, bytes(16))
+        return _HEAD.pack(MAGIC, 1, 1, BOUND_BYTES, self.flags, self.store_id, self.key_id, bytes(16))
 
     def encode(self) -> bytes:
         """Return the 4,096 bytes of the header."""
@@ -93,7 +96,7 @@ def parse_header(page: bytes) -> Header:
     magic, version, suite, length, flags, store_id, key_id, zeros = _HEAD.unpack_from(page)
     if (magic, version, suite, length) != (MAGIC, 1, 1, BOUND_BYTES):
         raise PackError("not a pack of a known version")
-    if flags or any(zeros) or any(page[WRAPPED_END:]):
+    if flags not in {0, EVENTS} or any(zeros) or any(page[WRAPPED_END:]):
         raise PackError("a reserved byte of a pack's header is set")
     deposit_version = int.from_bytes(page[64:68], "big")
     wrapped = page[68:WRAPPED_END]
@@ -101,7 +104,7 @@ def parse_header(page: bytes) -> Header:
         if any(wrapped):
             raise PackError("an admitted pack carries a deposit's key")
         wrapped = b""
-    return Header(store_id, key_id, deposit_version, wrapped)
+    return Header(store_id, key_id, deposit_version, wrapped, flags)
 
 
 def page_after(offset: int) -> int:

@@ -50,6 +50,8 @@ class PackFile:
             if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
                 raise pack.PackError("not a regular file")
             self.header = pack.parse_header(self.read(0, pack.PAGE))
+            if self.header.flags:
+                raise pack.PackError("a pack of events where a study's should be")
         except BaseException:
             os.close(self.descriptor)
             raise

@@ -38,6 +38,15 @@ class Unlock(msgspec.Struct, kw_only=True):
     key_file: str = ""
 
 
+class Plaintext(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A listener without TLS: where, why, from which addresses, for which peers."""
+
+    listen: str
+    plaintext: str
+    addresses: list[str]
+    peers: list[str]
+
+
 class Gate(msgspec.Struct, kw_only=True):
     """The DICOM listener."""
 
@@ -47,6 +56,7 @@ class Gate(msgspec.Struct, kw_only=True):
     certificate: str = "tls/server.pem"
     private_key: str = "tls/server.key"
     trust: list[str] = msgspec.field(default_factory=list)
+    crls: list[str] = msgspec.field(default_factory=list)
     peers: str = "peers.d"
     workers: int = 0
     maximum_pdu: int = 131_072
@@ -60,6 +70,7 @@ class Gate(msgspec.Struct, kw_only=True):
     pack_idle_seconds: int = 5
     packs_per_peer: int = 16
     spare_bytes: int = 1 << 28
+    plaintext: list[Plaintext] = msgspec.field(default_factory=list)
 
     def worker_count(self) -> int:
         """Return how many worker processes receive."""
@@ -111,6 +122,8 @@ EXPLAINED = {
     "gate.private_key": "Its private key, PEM, mode 0600.",
     "gate.trust": "Certificates of the authorities that issue peers' certificates, PEM.\n"
     "A peer also needs its own certificate in its file.",
+    "gate.crls": "Certificate revocation lists of these authorities, PEM or DER. Where an authority has one here, it\n"
+    "is checked; an expired one refuses every certificate of that authority. Changes are taken up while running.",
     "gate.peers": "The folder of peer files, one a peer; changes are taken up while running.",
     "gate.workers": "Processes that receive; 0 for as many as there are cores. Limits hold over all of them.",
     "gate.maximum_pdu": "Largest PDU accepted, in bytes, 4096 to 1048576; offered in the negotiation and enforced.",
@@ -125,6 +138,10 @@ EXPLAINED = {
     "gate.packs_per_peer": "Packs that may stay open for one peer.",
     "gate.spare_bytes": "While nothing arrives, each worker fills two files with zeros for packs to come, so that\n"
     "syncs are faster. They are as large as packs lately were, and at most so many bytes each; 0 for none.",
+    "gate.plaintext": "Listeners WITHOUT TLS: whoever reads the network reads patients. A gateway beside the device\n"
+    "is better (docs/admin.md). Each has its address, the reason, and the addresses and peers that it is for:\n"
+    'plaintext = [{ listen = "10.0.0.5:11112", plaintext = "behind the VPN of CT3", addresses = ["10.1.2.3"],\n'
+    '               peers = ["CT3"] }]',
     "control": "The Unix socket on which this command line talks to the vault.",
     "control.socket": "Its path, at most 100 characters.",
     "log": "The log goes to standard error; journald or the supervisor keeps it.",
@@ -157,6 +174,7 @@ class Config:
         self.certificate = self._path(settings.gate.certificate)
         self.private_key = self._path(settings.gate.private_key)
         self.trust = [self._path(p) for p in settings.gate.trust]
+        self.crls = [self._path(p) for p in settings.gate.crls]
         self.socket = self._path(settings.control.socket)
         self.key_file = self._path(settings.unlock.key_file) if settings.unlock.key_file else None
         self.signing_key = base64.b64decode(settings.store.signing_key.removeprefix("ed25519:"))
@@ -305,6 +323,7 @@ def _check(settings: Settings) -> list[str]:
             parse_address(address)
         except ValueError:
             errors.append(f"gate.listen: '{address}' is no address with a port, as in 127.0.0.1:2762 or [::1]:2762")
+    errors += _check_plaintext(gate)
     if not is_ae_title(gate.ae_title):
         errors.append("gate.ae_title: must be 1 to 16 characters, ASCII, no backslash")
     for name, low, high in (
@@ -332,11 +351,48 @@ def _check(settings: Settings) -> list[str]:
     return errors
 
 
+def _check_plaintext(gate: Gate) -> list[str]:
+    errors = []
+    for number, listener in enumerate(gate.plaintext):
+        key = f"gate.plaintext[{number}]"
+        try:
+            parse_address(listener.listen)
+        except ValueError:
+            errors.append(f"{key}.listen: '{listener.listen}' is no address with a port, as in 10.0.0.5:11112")
+        if listener.listen in gate.listen:
+            errors.append(f"{key}.listen: '{listener.listen}' is also in gate.listen")
+        if not listener.plaintext.strip():
+            errors.append(f"{key}.plaintext: say why this listener has no TLS")
+        errors += [
+            f"{key}.{name}: names none; a listener without TLS is for given {name} only"
+            for name in ("addresses", "peers")
+            if not getattr(listener, name)
+        ]
+        for text in listener.addresses:
+            try:
+                network(text)
+            except ValueError:
+                errors.append(f"{key}.addresses: '{text}' is no address or network, as in 10.1.2.3 or 10.1.2.0/24")
+        errors += [f"{key}.peers: '{title}' is no AE title" for title in listener.peers if not is_ae_title(title)]
+    return errors
+
+
+def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Return the network in ``10.1.2.3``, ``10.1.2.0/24`` or ``fd00::/8``.
+
+    Raises:
+        ValueError: It is none, or has bits set behind its prefix.
+    """
+    return ipaddress.ip_network(text)
+
+
 def _comment(key: str) -> list[str]:
     return [f"# {line}" for line in EXPLAINED[key].split("\n")]
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, msgspec.Struct):
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in msgspec.structs.asdict(value).items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, str):

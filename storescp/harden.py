@@ -14,9 +14,10 @@ from storescp.errors import StrongroomError
 
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 
 
-def harden(umask: int) -> None:
+def harden(umask: int) -> bool:
     """Forbid core dumps, which would write keys and plaintext to a disk, and open new files to nobody else.
 
     Other processes of the same user may neither trace this one nor read its memory, and what it starts gains no rights.
@@ -25,6 +26,9 @@ def harden(umask: int) -> None:
 
     Args:
         umask: The mode bits that new files never have.
+
+    Returns:
+        Whether the process's memory is kept out of swap, now and later.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -34,6 +38,30 @@ def harden(umask: int) -> None:
         if libc.prctl(option, value, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl")
     os.umask(umask)
+    return _lock_memory(libc)
+
+
+def _lock_memory(libc: ctypes.CDLL) -> bool:
+    """Keep keys and plaintext out of swap, where the system lets a process lock all that it will ever map.
+
+    Pages are locked as they are touched: a mapping that is larger than its use costs nothing.
+
+    Under a limit that counts, mappings would fail later, in the middle of the work: then nothing is locked at all.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    limited = False
+    try:
+        # Where the limit has no end, and as root; what root starts as other users may then lock its memory, too.
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ValueError, OSError):
+        # Only whom no limit counts for (CAP_IPC_LOCK) gets past this one. A capability's name does not tell that:
+        # in a user namespace of its own a process has it, and the limit counts all the same.
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard))
+        limited = True
+    locked: int = libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
+    if limited:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
+    return locked == 0
 
 
 def check_vault(config: Config) -> None:

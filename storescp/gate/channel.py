@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import TypeVar
 
 import msgspec
 
 _MESSAGE_BYTES = 4096
+_T = TypeVar("_T")
 
-# From the gate: ``connection`` (with the descriptor), ``reload``, ``room`` (of the archive, in bytes). From a worker:
-# ``ready``, ``ended``, ``peers`` (how many it knows after a reload), ``kept`` (why it kept the ones it had).
+# From the gate: ``connection`` (with the descriptor), ``plaintext`` (the same, with the listener's place in the
+# configuration before the address), ``reload``, ``room`` (of the archive, in bytes), ``granted`` and ``denied`` (a
+# claim), ``hold`` (a peer that has to wait), ``refused`` (what it turned away itself, for the audit chain). From a
+# worker: ``ready``, ``ended``, ``peers`` (how many it knows after a reload), ``kept`` (why it kept the ones it had),
+# ``claim`` (an association), ``used`` (what a peer stored).
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -19,6 +24,13 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: str
     number: int = 0
     text: str = ""
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """What the gate's first process turned away, so many times (the message's number)."""
+
+    address: str
+    reason: str
 
 
 class ChannelError(Exception):
@@ -65,6 +77,23 @@ def receive(channel: socket.socket) -> tuple[Message, list[int]]:
         if not content:
             raise ClosedError("closed") from None
         raise ChannelError("malformed message") from None
+
+
+def content(message: Message, kind: type[_T]) -> _T:
+    """Return what a message's text holds.
+
+    Raises:
+        ChannelError: It is malformed.
+    """
+    try:
+        return msgspec.json.decode(message.text, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ChannelError("malformed message") from None
+
+
+def with_content(kind: str, number: int, value: msgspec.Struct) -> Message:
+    """Return a message whose text holds a struct."""
+    return Message(kind, number, msgspec.json.encode(value).decode())
 
 
 def close(descriptors: list[int]) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
-from storage.deposit import Deposits
-from storescp.config import Gate
+from storescp.config import Plaintext
 from storescp.gate import negotiate, tls, wire
 from storescp.gate.incoming import Origin
-from storescp.gate.receive import Association, new_association_id
+from storescp.gate.journal import Journal, studies
+from storescp.gate.receive import Association, Resources, new_association_id
 from storescp.gate.stream import Stream
-from storescp.peers import Peers
-from storescp.space import Watch
+from storescp.peers import Asked, Peer, Peers, Proof
 
 _REQUEST_BYTES = 32_768
 # How long a peer has to close the connection after the last PDU: the ARTIM timer of PS3.8.
@@ -30,17 +29,20 @@ log = logging.getLogger(__name__)
 class Policy:
     """What a connection is judged by; replaced whole when peers or certificates change."""
 
-    def __init__(self, peers: Peers, context: ssl.SSLContext) -> None:
+    def __init__(self, peers: Peers, context: ssl.SSLContext, trust: tls.Trust) -> None:
         self.peers = peers
         self.context = context
+        self.trust = trust
 
 
 class _Connection:
     """A connection and what it is doing: at most one thread writes each of these, and others only read them."""
 
-    def __init__(self, sock: socket.socket, address: str) -> None:
+    def __init__(self, number: int, sock: socket.socket, address: str, plaintext: Plaintext | None) -> None:
+        self.number = number
         self.socket = sock
         self.address = address
+        self.plaintext = plaintext
         self.thread: threading.Thread | None = None
         self.associated = False
         self.deadline: float | None = None
@@ -54,18 +56,28 @@ class _Connection:
 class Connections:
     """The connections of a worker."""
 
-    def __init__(self, settings: Gate, policy: Policy, deposits: Deposits, space: Watch) -> None:
+    def __init__(self, policy: Policy, resources: Resources, journal: Journal) -> None:
         self.policy = policy
-        self._settings = settings
-        self._deposits = deposits
-        self._space = space
+        self._resources = resources
+        self._settings = resources.settings
+        self._journal = journal
         self._lock = threading.Lock()
         self._running: set[_Connection] = set()
         self._stopping = threading.Event()
 
-    def take(self, sock: socket.socket, address: str, ended: Callable[[], None]) -> None:
-        """Serve a connection in a thread of its own; ``ended`` is called there when it is over."""
-        connection = _Connection(sock, address)
+    def take(
+        self, number: int, sock: socket.socket, address: str, plaintext: Plaintext | None, ended: Callable[[], None]
+    ) -> None:
+        """Serve a connection in a thread of its own; ``ended`` is called there when it is over.
+
+        Args:
+            number: Of the connection, as the gate's first process counts.
+            sock: The connection.
+            address: Where it comes from, with its port.
+            plaintext: The listener without TLS that it came through, if it did.
+            ended: Called with nothing.
+        """
+        connection = _Connection(number, sock, address, plaintext)
         connection.deadline = time.monotonic() + self._settings.request_seconds
         with self._lock:
             self._running.add(connection)
@@ -103,12 +115,16 @@ class Connections:
 
     def _run(self, connection: _Connection, ended: Callable[[], None]) -> None:
         try:
-            self._handshake(connection)
-            self._serve(connection)
+            self._step(connection, "connected", address=connection.address, tls=connection.plaintext is None)
+            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._serve(connection, self._handshake(connection) if connection.plaintext is None else None)
         except _RefusedConnectionError as refused:
             log.warning("connection from %s refused: %s", connection.address, refused)
+            self._journal.refused(connection.address, str(refused), refused.calling)
+            self._step(connection, "refused", reason=str(refused))
         except OSError as error:
             log.warning("connection from %s broke off: %s", connection.address, type(error).__name__)
+            self._step(connection, "refused", reason=f"it broke off: {type(error).__name__}")
         except Exception:
             log.exception("connection from %s ended by an error of ours", connection.address)
         finally:
@@ -119,62 +135,104 @@ class Connections:
                 self._running.discard(connection)
             ended()
 
-    def _handshake(self, connection: _Connection) -> None:
+    def _step(self, connection: _Connection, step: str, **fields: object) -> None:
+        self._journal.step(connection.number, step, **fields)
+
+    def _handshake(self, connection: _Connection) -> Proof:
         plain = connection.socket
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         plain.settimeout(self._settings.request_seconds)
-        secured = self.policy.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+        policy = self.policy
+        secured = policy.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
         connection.socket = secured
         try:
             secured.do_handshake()
         except OSError as error:
             raise _RefusedConnectionError(tls.explain(error)) from error
+        chain = tls.verified_chain(secured)
+        proof = policy.trust.proof(chain)
+        cipher = secured.cipher()
+        self._step(
+            connection,
+            "handshake",
+            version=secured.version(),
+            cipher=cipher[0] if cipher else "",
+            certificate=proof.fingerprint,
+            key=proof.key,
+            expires=chain[0].not_valid_after_utc.strftime("%Y-%m-%d"),
+        )
+        if reason := policy.trust.revocations.refusal(chain, datetime.now(UTC)):
+            raise _RefusedConnectionError(f"the peer's certificate is not accepted: {reason}")
         connection.deadline = time.monotonic() + self._settings.request_seconds
+        return proof
 
-    def _serve(self, connection: _Connection) -> None:
-        if not isinstance(connection.socket, ssl.SSLSocket):
-            raise TypeError("a connection is served before its handshake")
-        fingerprint = hashlib.sha256(connection.socket.getpeercert(binary_form=True) or b"").hexdigest()
+    def _serve(self, connection: _Connection, proof: Proof | None) -> None:
         stream = Stream(connection.socket, self._stopping.is_set)
         try:
-            self._associate(connection, stream, fingerprint)
+            self._associate(connection, stream, proof)
         finally:
             stream.finish(_FINISH_SECONDS)
 
-    def _associate(self, connection: _Connection, stream: Stream, fingerprint: str) -> None:
+    def _associate(self, connection: _Connection, stream: Stream, proof: Proof | None) -> None:
         settings = self._settings
         reader = wire.Reader(0)
         first, *rest = self._first(stream, reader)
         request = self._decode(stream, first)
-        decision = self.policy.peers.decide(request.calling, request.called, settings.ae_title, fingerprint)
-        if isinstance(decision, str):
-            # The log says more than the peer is told: PS3.8 has one reason for each title.
-            reason = 7 if decision.startswith("the called") else 3
-            self._tell(stream, wire.reject(permanent=True, source=1, reason=reason))
-            raise _RefusedConnectionError(f"calling AE title {_title(request.calling)}: {decision}")
+        peer = self._decide(connection, stream, request, proof)
         try:
-            agreement = negotiate.agree(
-                request, private_classes=decision.private_sop_classes, maximum_pdu=settings.maximum_pdu
-            )
+            agreement = negotiate.agree(request, peer=peer, maximum_pdu=settings.maximum_pdu)
         except wire.WireError as error:
             self._tell(stream, wire.reject(permanent=True, source=2, reason=1))
             raise _RefusedConnectionError(str(error)) from error
         reader.maximum_pdu = settings.maximum_pdu
         association_id = new_association_id()
-        origin = Origin(association_id, decision.ae_title, settings.ae_title, connection.address, fingerprint)
+        fingerprint = proof.fingerprint if proof else ""
+        origin = Origin(association_id, peer.ae_title, settings.ae_title, connection.address, fingerprint)
         self._tell(stream, agreement.reply)
+        proposed = len(request.primitive.presentation_context_definition_list)
         log.info(
             "association %s from %s at %s: accepted %d of %d contexts",
             association_id,
             origin.calling,
             connection.address,
             len(agreement.contexts),
-            len(request.primitive.presentation_context_definition_list),
+            proposed,
+        )
+        self._journal.event(
+            "association-begun",
+            association=association_id,
+            calling=origin.calling,
+            address=connection.address,
+            certificate=fingerprint,
+        )
+        self._step(
+            connection, "accepted", association=association_id, contexts=len(agreement.contexts), proposed=proposed
         )
         connection.deadline = None
         connection.associated = True
-        association = Association(stream, reader, agreement, origin, self._deposits, settings, self._space)
-        self._converse(stream, association, origin, rest)
+        association = Association(stream, reader, agreement, origin, peer, self._resources)
+        self._converse(connection, stream, association, origin, rest)
+
+    def _decide(self, connection: _Connection, stream: Stream, request: negotiate.Request, proof: Proof | None) -> Peer:
+        """Return the peer that a request comes from; tell it where it is refused."""
+        settings = self._settings
+        calling = _title(request.calling)
+        self._step(connection, "requested", calling=calling, called=_title(request.called))
+        host = connection.address.rpartition(":")[0].strip("[]")
+        plaintext = frozenset(connection.plaintext.peers) if connection.plaintext else frozenset[str]()
+        asked = Asked(request.calling, request.called, host, proof, plaintext)
+        decision = self.policy.peers.decide(asked, settings.ae_title)
+        if isinstance(decision, str):
+            # The log says more than the peer is told: PS3.8 has one reason for each title.
+            reason = 7 if decision.startswith("the called") else 3
+            self._tell(stream, wire.reject(permanent=True, source=1, reason=reason))
+            raise _RefusedConnectionError(f"calling AE title {calling}: {decision}", calling)
+        if not self._resources.allowances.granted(connection.number, decision, settings.request_seconds):
+            # Transient, by the presentation provider: local limit exceeded.
+            self._tell(stream, wire.reject(permanent=False, source=3, reason=2))
+            raise _RefusedConnectionError(
+                f"calling AE title {calling}: it has its {decision.maximum_associations} associations already", calling
+            )
+        return decision
 
     def _first(self, stream: Stream, reader: wire.Reader) -> list[wire.Pdu | wire.Fragment]:
         buffer = memoryview(bytearray(_REQUEST_BYTES))
@@ -203,7 +261,12 @@ class Connections:
             raise _RefusedConnectionError(str(error)) from error
 
     def _converse(
-        self, stream: Stream, association: Association, origin: Origin, rest: list[wire.Pdu | wire.Fragment]
+        self,
+        connection: _Connection,
+        stream: Stream,
+        association: Association,
+        origin: Origin,
+        rest: list[wire.Pdu | wire.Fragment],
     ) -> None:
         try:
             ending = association.run(rest)
@@ -216,8 +279,13 @@ class Connections:
         except OSError as error:
             ending = f"broken off: {type(error).__name__}"
         except Exception:
+            ending = "ended by an error of ours"
             self._tell_last(stream, wire.abort(reason=0))
             raise
+        finally:
+            self._told(connection, association, origin, ending)
+
+    def _told(self, connection: _Connection, association: Association, origin: Origin, ending: str) -> None:
         tally = association.tally
         log.info(
             "association %s %s: %d stored, %d refused, %d bytes",
@@ -227,6 +295,19 @@ class Connections:
             tally.refused,
             tally.bytes,
         )
+        counts = {"stored": tally.stored, "refused": tally.refused, "bytes": tally.bytes}
+        self._journal.event(
+            "association-ended",
+            association=origin.association,
+            calling=origin.calling,
+            address=origin.address,
+            certificate=origin.certificate,
+            ending=ending,
+            **counts,
+            reasons=tally.reasons,
+            studies=studies(tally.studies),
+        )
+        self._step(connection, "ended", ending=ending, **counts, reasons=tally.reasons)
 
     def _tell(self, stream: Stream, pdu: bytes) -> None:
         stream.send(pdu, self._settings.request_seconds)
@@ -239,6 +320,10 @@ class Connections:
 
 class _RefusedConnectionError(Exception):
     """A connection that did not become an association; the message is for the log."""
+
+    def __init__(self, message: str, calling: str = "") -> None:
+        super().__init__(message)
+        self.calling = calling
 
 
 def _title(raw: bytes) -> str:

@@ -65,11 +65,16 @@ class Incoming:
         self._record: Record | None = None
         self._reason: Reason | None = None
         self.object_id = ""
+        self.study = ""
         self.size = 0
         if command.sop_class != context.abstract_syntax:
             self._reason = Reason.SOP_CLASS
         elif not is_uid(command.sop_instance):
             self._reason = Reason.INVALID_UID
+
+    def refuse(self, reason: Reason) -> None:
+        """Refuse it for a reason that lies outside of it; what comes is read and dropped."""
+        self._reason = self._reason or reason
 
     def take(self, data: memoryview) -> None:
         """Take the next piece of the data set. What goes wrong is kept for ``end``; the rest is read and dropped."""
@@ -125,6 +130,7 @@ class Incoming:
             raise RefusedError(Reason.MISMATCH)
         self._record = self._deposits.begin(study, self._origin.calling)
         self.object_id = self._record.object_id.hex()
+        self.study = study
         self._record.write(memoryview(self._before))
         self._before = bytearray()
         return self._record

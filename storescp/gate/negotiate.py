@@ -5,8 +5,6 @@ One of the two places of the gate that import pynetdicom.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import msgspec
 from pydicom.uid import UID
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
@@ -22,6 +20,7 @@ from pynetdicom.presentation import PresentationContext
 from storescp.gate.transfer import ENCODINGS, STORAGE_CLASSES, VERIFICATION
 from storescp.gate.wire import WireError
 from storescp.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
+from storescp.peers import Peer
 
 # Header, version and two AE titles of 16 bytes each.
 _TITLES_END = 42
@@ -69,23 +68,23 @@ def decode(pdu: bytes) -> Request:
         raise WireError("the association request is malformed") from error
 
 
-def agree(request: Request, *, private_classes: Collection[str], maximum_pdu: int) -> Agreement:
-    """Accept what a peer may use: storage and verification, in the first proposed transfer syntax that is known.
+def agree(request: Request, *, peer: Peer, maximum_pdu: int) -> Agreement:
+    """Accept what a peer may use of storage and verification, in the first proposed transfer syntax that is known.
 
     Raises:
         WireError: The request cannot be answered.
     """
     try:
-        return _agree(request.primitive, private_classes, maximum_pdu)
+        return _agree(request.primitive, peer, maximum_pdu)
     except Exception as error:
         raise WireError("the association request cannot be answered") from error
 
 
-def _agree(request: A_ASSOCIATE, private_classes: Collection[str], maximum_pdu: int) -> Agreement:
+def _agree(request: A_ASSOCIATE, peer: Peer, maximum_pdu: int) -> Agreement:
     accepted: dict[int, Context] = {}
     results = []
     for proposed in request.presentation_context_definition_list:
-        result, syntax = _decide(proposed, private_classes)
+        result, syntax = _decide(proposed, peer)
         context = PresentationContext()
         context.context_id = proposed.context_id
         context.abstract_syntax = proposed.abstract_syntax
@@ -114,14 +113,21 @@ def _agree(request: A_ASSOCIATE, private_classes: Collection[str], maximum_pdu: 
     return Agreement(pdu.encode(), accepted, int(request.maximum_length_received or 0))
 
 
-def _decide(proposed: PresentationContext, private_classes: Collection[str]) -> tuple[int, str]:
+def _decide(proposed: PresentationContext, peer: Peer) -> tuple[int, str]:
     syntaxes = [str(s) for s in proposed.transfer_syntax]
     abstract = str(proposed.abstract_syntax)
     first = syntaxes[0] if syntaxes else "1.2.840.10008.1.2"
-    if abstract not in STORAGE_CLASSES and abstract != VERIFICATION and abstract not in private_classes:
+    if not _may_use(peer, abstract):
         return _NO_ABSTRACT_SYNTAX, first
     known = next((s for s in syntaxes if s in ENCODINGS), None)
     return (_ACCEPTED, known) if known else (_NO_TRANSFER_SYNTAX, first)
+
+
+def _may_use(peer: Peer, abstract: str) -> bool:
+    if abstract == VERIFICATION:
+        return "echo" in peer.operations
+    may_store = abstract in (peer.sop_classes & STORAGE_CLASSES if peer.sop_classes else STORAGE_CLASSES)
+    return "store" in peer.operations and (may_store or abstract in peer.private_sop_classes)
 
 
 def _roles(request: A_ASSOCIATE, accepted: dict[int, Context]) -> list[SCP_SCU_RoleSelectionNegotiation]:

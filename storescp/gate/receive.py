@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from typing import NamedTuple
 
 from storage.deposit import Deposits
 from storescp.config import Gate
@@ -13,15 +14,26 @@ from storescp.gate.describe import Describer
 from storescp.gate.dimse import Command
 from storescp.gate.incoming import Incoming, Origin
 from storescp.gate.negotiate import Agreement, Context
+from storescp.gate.quota import Allowances
 from storescp.gate.status import SUCCESS, UNRECOGNIZED_OPERATION, Reason, RefusedError
 from storescp.gate.stream import StoppingError, Stream
 from storescp.gate.transfer import VERIFICATION
+from storescp.peers import Peer
 from storescp.space import Watch
 
 # What is taken from the connection before it is looked at: a peer that sends fast costs few steps.
 _RECEIVE_BYTES = 1 << 18
 
 log = logging.getLogger(__name__)
+
+
+class Resources(NamedTuple):
+    """What all associations of a worker share."""
+
+    settings: Gate
+    deposits: Deposits
+    space: Watch
+    allowances: Allowances
 
 
 class Tally:
@@ -31,6 +43,9 @@ class Tally:
         self.stored = 0
         self.refused = 0
         self.bytes = 0
+        # How many were refused with each status, and how many stored of each study.
+        self.reasons: dict[str, int] = {}
+        self.studies: dict[str, int] = {}
 
 
 class Association:
@@ -42,18 +57,19 @@ class Association:
         reader: wire.Reader,
         agreement: Agreement,
         origin: Origin,
-        deposits: Deposits,
-        settings: Gate,
-        space: Watch,
+        peer: Peer,
+        resources: Resources,
     ) -> None:
-        self._space = space
+        self._space = resources.space
+        self._peer = peer
+        self._allowances = resources.allowances
         self._stream = stream
         self._reader = reader
         self._agreement = agreement
         self._origin = origin
-        self._deposits = deposits
-        self._idle_seconds = settings.idle_seconds
-        self._message_seconds = settings.message_seconds
+        self._deposits = resources.deposits
+        self._idle_seconds = resources.settings.idle_seconds
+        self._message_seconds = resources.settings.message_seconds
         self._deadline = 0.0
         self._command_part = bytearray()
         self._command: tuple[Command, int] | None = None
@@ -163,6 +179,8 @@ class Association:
         self._command = (command, context_id)
         if command.field == dimse.C_STORE_RQ and context.abstract_syntax != VERIFICATION and command.has_data_set:
             self._incoming = Incoming(command, context, self._origin, self._deposits, self._describer, self._space)
+            if self._allowances.is_used_up(self._peer):
+                self._incoming.refuse(Reason.DAY_USED_UP)
         if not command.has_data_set:
             self._end()
 
@@ -175,9 +193,7 @@ class Association:
         if incoming is not None:
             try:
                 incoming.end()
-                self.tally.stored += 1
-                self.tally.bytes += incoming.size
-                self._space.took(incoming.size)
+                self._took(incoming)
                 log.debug("association %s: stored object %s", self._origin.association, incoming.object_id)
             except RefusedError as refused:
                 status, comment = refused.reason.status, refused.reason.comment
@@ -188,6 +204,7 @@ class Association:
             status = UNRECOGNIZED_OPERATION
         if status != SUCCESS:
             self.tally.refused += 1
+            self.tally.reasons[f"{status:04X}"] = self.tally.reasons.get(f"{status:04X}", 0) + 1
             log.warning("association %s: refused with %04X: %s", self._origin.association, status, comment)
         reply = wire.data_pdus(
             context_id,
@@ -195,8 +212,17 @@ class Association:
             content=dimse.response(command, status, comment),
             maximum=self._agreement.maximum_pdu,
         )
+        self._allowances.pause(self._peer)
         self._stream.send(reply, self._idle_seconds)
         self._begin_phase(between=True)
+
+    def _took(self, incoming: Incoming) -> None:
+        tally = self.tally
+        tally.stored += 1
+        tally.bytes += incoming.size
+        tally.studies[incoming.study] = tally.studies.get(incoming.study, 0) + 1
+        self._space.took(incoming.size)
+        self._allowances.took(self._peer, incoming.size)
 
 
 def new_association_id() -> str:

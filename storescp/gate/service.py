@@ -6,20 +6,24 @@ One process counts, so that limits hold over all workers; what a worker held is 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import selectors
 import signal
 import socket
 import time
+from typing import NamedTuple
 
 from storage.openpack import remove_unfinished
 from storescp import notify, peers, space
 from storescp.child import Child
-from storescp.config import Config, Gate, parse_address
+from storescp.config import Config, Gate, network, parse_address
 from storescp.errors import StrongroomError
 from storescp.gate import channel
-from storescp.gate.channel import ChannelError, ClosedError, Message
+from storescp.gate.channel import ChannelError, ClosedError, Message, Refused
+from storescp.gate.quota import Claim, Quotas, Use
 from storescp.harden import check_gate
+from storescp.peers import Network
 
 _BACKLOG = 128
 _TICK_SECONDS = 0.5
@@ -28,6 +32,8 @@ _START_SECONDS = 25.0
 _LINGER_SECONDS = 5.0
 # What accepting waits when the process is out of descriptors or memory: connections that end free some.
 _EXHAUSTED_SECONDS = 0.1
+# Of what is turned away, how many kinds are told apart at a time.
+_REFUSED_LIMIT = 100
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +90,18 @@ class _Worker:
         return True
 
 
+class _Listener(NamedTuple):
+    """A listening socket; where it has no TLS, its place in the configuration and the addresses that it is for."""
+
+    socket: socket.socket
+    plaintext: int | None = None
+    networks: tuple[Network, ...] = ()
+
+    def is_for(self, host: str) -> bool:
+        """Tell whether a connection from an address may come."""
+        return self.plaintext is None or any(ipaddress.ip_address(host) in net for net in self.networks)
+
+
 class _Gate:
     """Listeners, workers, and the count of connections."""
 
@@ -103,7 +121,14 @@ class _Gate:
         self._kept = ""
         self._asked: set[_Worker] = set()
         self._short = ""
-        self._listeners = [_bind(*parse_address(address)) for address in self._settings.listen]
+        self._listeners = [_Listener(_bind(*parse_address(a))) for a in self._settings.listen]
+        self._listeners += [
+            _Listener(_bind(*parse_address(p.listen)), number, tuple(network(a) for a in p.addresses))
+            for number, p in enumerate(self._settings.plaintext)
+        ]
+        self._quotas = Quotas()
+        self._refused: dict[Refused, int] = {}
+        self._warned = ""
         # A signal makes the selector's wait end.
         self._wakeup, wake = socket.socketpair()
         self._wakeup.setblocking(False)
@@ -131,10 +156,15 @@ class _Gate:
             if any(worker.channel is None for worker in self._workers) or time.monotonic() > deadline:
                 raise StrongroomError("the gate cannot start: a worker did not; the log says why")
         self._started = True
-        for listening in self._listeners:
-            self._selector.register(listening, selectors.EVENT_READ, listening)
-        addresses = ", ".join(_name(s.getsockname()) for s in self._listeners)
+        for listener in self._listeners:
+            self._selector.register(listener.socket, selectors.EVENT_READ, listener)
+        addresses = ", ".join(_name(x.socket.getsockname()) for x in self._listeners if x.plaintext is None)
         log.info("listening on %s as %s, %d workers", addresses, self._settings.ae_title, len(self._workers))
+        for plain in self._settings.plaintext:
+            titles, addresses = ", ".join(plain.peers), ", ".join(plain.addresses)
+            log.warning(
+                "listening WITHOUT TLS on %s for %s from %s: %s", plain.listen, titles, addresses, plain.plaintext
+            )
         if not self._peers:
             log.warning("no peers are configured: nobody can associate; 'strongroom peer add' adds one")
         notify.ready()
@@ -149,8 +179,8 @@ class _Gate:
 
     def stop(self) -> None:
         """Accept no more; let the workers drain."""
-        for listening in self._listeners:
-            listening.close()
+        for listener in self._listeners:
+            listener.socket.close()
         log.info("stopping: associations in transfer have %d s to finish", self._settings.drain_seconds)
         notify.stopping()
         for worker in self._workers:
@@ -168,7 +198,7 @@ class _Gate:
         for key, _ in self._selector.select(seconds):
             if isinstance(key.data, _Worker):
                 self._hear(key.data)
-            elif isinstance(key.data, socket.socket):
+            elif isinstance(key.data, _Listener):
                 self._accept(key.data)
             else:
                 with contextlib.suppress(BlockingIOError):
@@ -188,10 +218,19 @@ class _Gate:
             self._stamp = self._files()
             self._kept = ""
             self._asked = {worker for worker in self._workers if worker.send(Message("reload"))}
+        self._tell_refused()
         try:
             self._tell_space()
         except OSError as error:
             log.error("free space cannot be measured: %s", error)
+
+    def _tell_refused(self) -> None:
+        """Have a worker write down, for the audit chain, what was turned away here."""
+        for refused, count in self._refused.items():
+            message = channel.with_content("refused", count, refused)
+            if not any(worker.ready and worker.send(message) for worker in self._workers):
+                return
+        self._refused.clear()
 
     def _tell_space(self) -> None:
         self._watch.look()
@@ -212,6 +251,7 @@ class _Gate:
         try:
             message, descriptors = channel.receive(worker.channel)
             channel.close(descriptors)
+            self._understand(worker, message)
         except BlockingIOError:
             return
         except ClosedError:
@@ -221,11 +261,19 @@ class _Gate:
         except (ChannelError, OSError):
             self._lose(worker)
             worker.child.signal(signal.SIGKILL)
-            return
+
+    def _understand(self, worker: _Worker, message: Message) -> None:
         match message.kind:
             case "ended":
                 # Only what it was given: a worker that is broken into frees nobody else's.
-                worker.connections.pop(message.number, None)
+                if worker.connections.pop(message.number, None):
+                    self._quotas.ended(message.number)
+            case "claim" if message.number in worker.connections:
+                claim = channel.content(message, Claim)
+                kind = "granted" if self._quotas.claim(message.number, claim) else "denied"
+                worker.send(Message(kind, message.number))
+            case "used":
+                self._used(channel.content(message, Use))
             case "ready":
                 worker.ready = True
                 self._peers = message.number
@@ -235,6 +283,12 @@ class _Gate:
                 self._kept = self._kept or message.text
                 self._peers = message.number if message.kind == "peers" else self._peers
                 self._answered(worker)
+
+    def _used(self, use: Use) -> None:
+        hold = self._quotas.add(use, time.time())
+        if hold is not None:
+            for worker in self._workers:
+                worker.send(channel.with_content("hold", 0, hold))
 
     def _answered(self, worker: _Worker) -> None:
         """Say what became of a reload when every worker has answered: the next connection may be any worker's."""
@@ -255,37 +309,49 @@ class _Gate:
             worker.channel.close()
             worker.lost_at = time.monotonic()
         worker.channel, worker.ready = None, False
+        for number in worker.connections:
+            self._quotas.ended(number)
         worker.connections.clear()
         self._answered(worker)
 
-    def _accept(self, listening: socket.socket) -> None:
+    def _accept(self, listener: _Listener) -> None:
         try:
-            sock, found = listening.accept()
+            sock, found = listener.socket.accept()
         except BlockingIOError:
             return
         except OSError as error:
             log.error("a connection cannot be accepted: %s", error.strerror)
             time.sleep(_EXHAUSTED_SECONDS)
             return
-        address = _name(found)
         with sock:
-            hosts = [host for worker in self._workers for host in worker.connections.values()]
-            if len(hosts) >= self._settings.maximum_associations:
-                log.warning("connection from %s closed: the limit of associations is reached", address)
-                return
-            if hosts.count(found[0]) >= self._settings.maximum_per_address:
-                log.warning("connection from %s closed: the limit of connections from one address is reached", address)
-                return
-            self._count += 1
-            for worker in sorted(self._workers, key=lambda w: len(w.connections)):
-                if worker.ready and worker.send(Message("connection", self._count, address), sock.fileno()):
-                    worker.connections[self._count] = found[0]
-                    return
-            log.warning("connection from %s closed: no worker can take it now", address)
+            if reason := self._pass_on(listener, sock, found):
+                log.warning("connection from %s closed: %s", _name(found), reason)
+                refused = Refused(_name((found[0], 0)), reason)
+                if refused in self._refused or len(self._refused) < _REFUSED_LIMIT:
+                    self._refused[refused] = self._refused.get(refused, 0) + 1
+
+    def _pass_on(self, listener: _Listener, sock: socket.socket, found: tuple[str, int]) -> str:
+        """Give a connection to a worker; return why not, empty where one took it."""
+        if not listener.is_for(found[0]):
+            return "this listener without TLS is for other addresses"
+        hosts = [host for worker in self._workers for host in worker.connections.values()]
+        if len(hosts) >= self._settings.maximum_associations:
+            return "the limit of associations is reached"
+        if hosts.count(found[0]) >= self._settings.maximum_per_address:
+            return "the limit of connections from one address is reached"
+        self._count += 1
+        message = Message("connection", self._count, _name(found))
+        if listener.plaintext is not None:
+            message = Message("plaintext", self._count, f"{listener.plaintext} {_name(found)}")
+        for worker in sorted(self._workers, key=lambda w: len(w.connections)):
+            if worker.ready and worker.send(message, sock.fileno()):
+                worker.connections[self._count] = found[0]
+                return ""
+        return "no worker can take it now"
 
     def _files(self) -> object:
         config = self._config
-        files = (config.certificate, config.private_key, *config.trust)
+        files = (config.certificate, config.private_key, *config.trust, *config.crls)
         return peers.stamp(config.peers), [f.stat().st_mtime_ns if f.exists() else 0 for f in files]
 
 

@@ -17,6 +17,7 @@ class Reason(enum.Enum):
     NO_SPACE = (0xA700, "out of resources: no space left")
     NO_STORAGE = (0xA700, "out of resources: storage not available")
     NO_KEY = (0xA700, "out of resources: no deposit key published")
+    DAY_USED_UP = (0xA700, "out of resources: this peer's bytes of the day are used up")
     MISMATCH = (0xA900, "data set does not match SOP class or instance of the command")
     NO_STUDY = (0xC000, "data set has no valid Study or Series Instance UID")
     UNPARSABLE = (0xC001, "data set cannot be understood")

@@ -1,4 +1,7 @@
-"""An established connection: bytes in batches, bytes out, every wait with a deadline. TLS beneath, never blocking."""
+"""An established connection: bytes in batches, bytes out, every wait with a deadline. Never blocking.
+
+TLS beneath, or, through a listener of ``gate.plaintext``, nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,15 @@ class StoppingError(Exception):
 class Stream:
     """A connection whose handshake is done."""
 
-    def __init__(self, connection: ssl.SSLSocket, stopping: Callable[[], bool]) -> None:
+    def __init__(self, connection: socket.socket, stopping: Callable[[], bool]) -> None:
         connection.setblocking(False)
         self._connection = connection
+        # Not recv_into of an SSLSocket: two calls in Python less for each TLS record.
+        self._read = (
+            cast("Callable[[int, memoryview], int]", connection.read)
+            if isinstance(connection, ssl.SSLSocket)
+            else lambda count, into: connection.recv_into(into, count)
+        )
         self._stopping = stopping
         # poll, because select knows no descriptor above 1023.
         self._poll = select.poll()
@@ -45,17 +54,16 @@ class Stream:
             OSError: The connection broke.
         """
         filled = 0
-        # Not recv_into: two calls in Python less for each TLS record.
-        read = cast("Callable[[int, memoryview], int]", self._connection.read)
+        read = self._read
         until = 0.0
         while len(into) - filled >= _TLS_RECORD:
             try:
                 count = read(_TLS_RECORD, into[filled:])
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as want:
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError) as want:
                 if filled:
                     break
                 until = until or time.monotonic() + seconds
-                self._wait(want, until, between)
+                self._wait(select.POLLOUT if isinstance(want, ssl.SSLWantWriteError) else select.POLLIN, until, between)
                 continue
             filled += count
             if count < _TLS_RECORD:
@@ -74,9 +82,10 @@ class Stream:
         while view:
             try:
                 view = view[self._connection.send(view) :]
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as want:
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError) as want:
                 until = until or time.monotonic() + seconds
-                self._wait(want, until, between=False)
+                events = select.POLLIN if isinstance(want, ssl.SSLWantReadError) else select.POLLOUT
+                self._wait(events, until, between=False)
 
     def finish(self, seconds: float) -> None:
         """Send no more, and wait so long for the peer to close; the caller closes (PS3.8 9.2, state 13).
@@ -92,8 +101,7 @@ class Stream:
                 if not socket.socket.recv(self._connection, _TLS_RECORD):
                     return
 
-    def _wait(self, want: Exception, until: float, between: bool) -> None:
-        events = select.POLLOUT if isinstance(want, ssl.SSLWantWriteError) else select.POLLIN
+    def _wait(self, events: int, until: float, between: bool) -> None:
         self._poll.modify(self._connection, events)
         while True:
             left = until - time.monotonic()

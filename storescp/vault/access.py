@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -75,6 +75,27 @@ class ResolveRequest(msgspec.Struct, forbid_unknown_fields=True):
     reason: str
 
 
+class ActRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """An act of an admin beside the vault, which is recorded before it is done."""
+
+    type: Literal["peer-added", "peer-renewing", "peer-renewed", "peer-removed"]
+    peer: str
+
+
+class AuditRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Which records to read: those behind a number, of some types, since a time (RFC 3339)."""
+
+    after: int = 0
+    types: list[str] = msgspec.field(default_factory=list)
+    since: str = ""
+
+
+class RestartRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Why a new chain begins."""
+
+    reason: str
+
+
 class VerifyRequest(msgspec.Struct, forbid_unknown_fields=True):
     """How fast to read, in MB/s; 0 for as fast as it goes."""
 
@@ -87,6 +108,7 @@ class Access:
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
         self._config: Config = vault.config
+        self._auditor = vault.auditor
         self._routes: dict[tuple[str, str], Callable[[Request], Response]] = {
             ("GET", "/v1/status"): self._status,
             ("POST", "/v1/unlock"): self._unlock,
@@ -98,6 +120,11 @@ class Access:
             ("POST", "/v1/verify"): self._verify,
             ("POST", "/v1/reindex"): self._reindex,
             ("POST", "/v1/upgrade"): self._upgrade,
+            ("GET", "/v1/peers"): self._peers,
+            ("POST", "/v1/acts"): self._act,
+            ("GET", "/v1/audit"): self._audit_head,
+            ("POST", "/v1/audit"): self._audit,
+            ("POST", "/v1/audit/restart"): self._audit_restart,
         }
 
     def handle(self, request: Request) -> Response:
@@ -107,7 +134,7 @@ class Access:
             StrongroomError: It cannot be done.
         """
         if request.method == "GET" and request.path.startswith("/v1/instances/"):
-            return self._instance(request.path.removeprefix("/v1/instances/"))
+            return self._instance(request, request.path.removeprefix("/v1/instances/"))
         route = self._routes.get((request.method, request.path))
         if route is None:
             raise StrongroomError(f"this vault does not know {request.method} {request.path}")
@@ -116,14 +143,15 @@ class Access:
     # --- lock state
 
     def _unlock(self, request: Request) -> Response:
-        self._vault.try_unlock(request.json(UnlockRequest).secret())
+        self._vault.try_unlock(request.json(UnlockRequest).secret(), request.uid)
         return json_response({"locked": False})
 
-    def _lock(self, _request: Request) -> Response:
-        self._vault.lock()
+    def _lock(self, request: Request) -> Response:
+        self._vault.lock(uid=request.uid)
         return json_response({"locked": True})
 
     def _upgrade(self, request: Request) -> Response:
+        self._auditor.record("upgrade", uid=request.uid)
         return json_response({"done": self._vault.upgrade(request.json(UnlockRequest).secret())})
 
     # --- what the store holds
@@ -154,12 +182,16 @@ class Access:
                 status["last_store"] = reader.index.last_stores()
                 status["quarantine"] = len(_items(opened.archive, reader.index))
         status["warnings"] += _warnings(status, short)
+        if self._auditor.fault:
+            status["warnings"].append(f"nothing can be recorded, so no admin's act is done: {self._auditor.fault}")
         return json_response(status)
 
     def _search(self, request: Request) -> Response:
         asked: SearchRequest = request.json(SearchRequest)
         if asked.level not in LEVELS:
             raise StrongroomError(f"no such level: {asked.level}")
+        self._vault.unlocked()
+        self._auditor.record("query", uid=request.uid, level=asked.level, filters=msgspec.to_builtins(asked.filters))
         self._vault.admit()
         rows = self._rows(asked)
         try:
@@ -176,7 +208,7 @@ class Access:
                     row["bytes"] = plain_length(row.pop("dataset_length"))
                 yield row
 
-    def _instance(self, text: str) -> Response:
+    def _instance(self, request: Request, text: str) -> Response:
         """Stream one data set, named by its pack and object id: both stay when a pack is admitted."""
         found = re.fullmatch(r"([0-9a-f]{32})/([0-9a-f]{32})", text, re.ASCII)
         if found is None:
@@ -186,6 +218,7 @@ class Access:
             place = reader.index.at(found[1], bytes.fromhex(found[2]))
             if place is None:
                 raise StrongroomError("no such instance")
+            self._auditor.exporting(request.uid, reader.index.study_of(place.pack_id))
             file = _open_file(opened.archive, place.pack_id)
             try:
                 content = open_pack(file, opened.ring, reader.keys_db.find(place.pack_id)).dataset(place.frame)
@@ -197,19 +230,24 @@ class Access:
 
     def _verify(self, request: Request) -> Response:
         asked: VerifyRequest = request.json(VerifyRequest)
+        opened = self._vault.unlocked()
+        self._auditor.record("verify", uid=request.uid)
         self._vault.admit()
-        return lines_response(verify(self._vault.unlocked(), rate=asked.rate * 1e6), at_once=True)
+        return lines_response(verify(opened, rate=asked.rate * 1e6), at_once=True)
 
-    def _reindex(self, _request: Request) -> Response:
+    def _reindex(self, request: Request) -> Response:
         with self._vault.admitting():
             opened = self._vault.unlocked()
+            self._auditor.record("reindex", uid=request.uid)
             opened.admission.reindex()
             opened.admission.catch_up()
             return json_response(opened.index.counts())
 
     # --- quarantine
 
-    def _quarantine(self, _request: Request) -> Response:
+    def _quarantine(self, request: Request) -> Response:
+        self._vault.unlocked()
+        self._auditor.record("query", uid=request.uid, level="quarantine")
         self._vault.admit()
         with self._vault.admitting():
             opened = self._vault.unlocked()
@@ -235,6 +273,15 @@ class Access:
                     f"{asked.id} shares its pack with {len(siblings) - 1} more",
                     hint="accept or export those that are good; such a pack is kept whole",
                 )
+            self._auditor.record(
+                "quarantine-resolved",
+                uid=request.uid,
+                decision=asked.kind,
+                pack=item["pack"],
+                object=item["object_id"],
+                other_pack=item["held_pack"],
+                reason=asked.reason,
+            )
             opened.admission.decide(
                 Decision(
                     _time(time.time()),
@@ -261,6 +308,9 @@ class Access:
                 hint="bind a certificate of yours: 'strongroom peer add TITLE --certificate FILE'",
             )
         now = datetime.now(UTC)
+        self._auditor.record(
+            "certificate-issued", uid=request.uid, peer=asked.peer, server=asked.server, days=asked.days
+        )
         try:
             if asked.server:
                 pem = authority.issue_server(ca, asked.csr, asked.server, now, asked.days)
@@ -270,6 +320,38 @@ class Access:
             raise StrongroomError(str(error)) from error
         log.info("issued a certificate")
         return json_response({"certificate": pem.decode(), "authority": ca.certificate})
+
+    # --- the audit chain
+
+    def _peers(self, _request: Request) -> Response:
+        return json_response({"format": 1, "items": self._auditor.certificate_uses()})
+
+    def _act(self, request: Request) -> Response:
+        asked: ActRequest = request.json(ActRequest)
+        self._auditor.record(asked.type, uid=request.uid, peer=asked.peer)
+        return json_response({"recorded": True})
+
+    def _audit_head(self, _request: Request) -> Response:
+        head = self._auditor.head
+        known = {"number": head.number, "hash": head.hash.hex()} if head else None
+        return json_response({"format": 1, "head": known, "fault": self._auditor.fault})
+
+    def _audit(self, request: Request) -> Response:
+        asked: AuditRequest = request.json(AuditRequest)
+        self._vault.unlocked()
+        self._auditor.record("audit-read", uid=request.uid, after=asked.after, types=asked.types, since=asked.since)
+        return lines_response(self._records(asked))
+
+    def _records(self, asked: AuditRequest) -> Iterator[dict[str, Any]]:
+        for record in self._auditor.read(asked.after):
+            if (not asked.types or record["type"] in asked.types) and str(record["time"]) >= asked.since:
+                yield record
+
+    def _audit_restart(self, request: Request) -> Response:
+        asked: RestartRequest = request.json(RestartRequest)
+        if not asked.reason.strip():
+            raise StrongroomError("a new chain needs a reason")
+        return json_response({"aside": str(self._auditor.restart(request.uid, asked.reason))})
 
 
 def _items(archive: Archive, index: Index) -> list[dict[str, Any]]:

@@ -45,13 +45,14 @@ class Open:
         self._index_path = config.index(version.version)
         self.index = Index(self._index_path, version.index_key(), migrate=True)
         self.ledger = Ledger(config.ledger(version.version), version.ledger_key(), migrate=True)
+        self.gate_uid = gate_uid(config)
         self.admission = Admission(
             self.archive,
             ring,
             self.keys_db,
             self.index,
             self.ledger,
-            gate_uid=gate_uid(config),
+            gate_uid=self.gate_uid,
             room=lambda count: space.archive_has_room(config, count),
         )
         self._readers: queue.SimpleQueue[Reader] = queue.SimpleQueue()
@@ -77,6 +78,11 @@ class Open:
                 lent.close()
             else:
                 self._readers.put(lent)
+
+    def own_ledger(self) -> Ledger:
+        """Return a connection to the ledger for another thread than the admitting one."""
+        version = self.ring.current()
+        return Ledger(self._config.ledger(version.version), version.ledger_key())
 
     def start(self) -> None:
         """Finish what a crash interrupted; fill an index that is new, or was being filled."""

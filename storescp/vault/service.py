@@ -48,12 +48,14 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
         if single is not None:
             server.serve(single)
             vault.lock()
+            vault.auditor.close()
             return
         try:
             server.listen(config.socket)
         except OSError as error:
             raise StrongroomError(f"the vault cannot listen on {config.socket}: {error}") from error
         log.warning("%s", TOTAL_LOSS)
+        vault.auditor.started()
         notify.ready()
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
@@ -69,6 +71,8 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
         notify.stopping()
         server.close()
         vault.lock()
+        vault.auditor.tell("vault-stopped")
+        vault.auditor.close()
         with contextlib.suppress(FileNotFoundError):
             config.socket.unlink()
         log.info("stopped")
@@ -80,7 +84,7 @@ def _unlock_by_itself(config: Config, vault: Vault) -> None:
         return
     try:
         vault.unlock(slots.read_key_file(config.key_file))
-    except (slots.KeyFileError, slots.UnlockError, KeyringError, AnchorError) as error:
+    except (slots.KeyFileError, slots.UnlockError, KeyringError, AnchorError, StrongroomError) as error:
         log.error("locked: %s", error)
 
 

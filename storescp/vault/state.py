@@ -14,6 +14,7 @@ from keys.keyring import KeyringError
 from storage.migrate import upgrade
 from storescp.config import Config
 from storescp.errors import LOCKED, StrongroomError
+from storescp.vault.auditor import Auditor
 from storescp.vault.opened import Open
 
 _WRONG_SECRET_DELAY_LIMIT = 30.0
@@ -26,6 +27,7 @@ class Vault:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.auditor = Auditor(config)
         self.locked_since = time.time()
         self._anchors = FileAnchors(config.anchors)
         self._open: Open | None = None
@@ -54,10 +56,15 @@ class Vault:
         with self._state:
             yield self._open
 
-    def unlock(self, secret: slots.Secret) -> None:
+    def unlock(self, secret: slots.Secret, *, uid: int | None = None) -> None:
         """Open the keyring, finish what a crash interrupted, and begin to admit.
 
+        Args:
+            secret: Opens a slot.
+            uid: Who asks; None for the vault itself.
+
         Raises:
+            StrongroomError: It cannot be recorded.
             UnlockError: No slot opens with this secret.
             KeyringError: The keyring is damaged or old.
             AnchorError: The anchors are not here.
@@ -68,11 +75,18 @@ class Vault:
                 ring.forget()
                 return
             opened = Open(self.config, ring)
-            opened.start()
+            try:
+                self.auditor.unlocked(ring, opened.own_ledger())
+                self.auditor.record("unlocked", uid=uid, by=type(secret).__name__)
+                opened.start()
+            except BaseException:
+                self.auditor.locked()
+                opened.close()
+                raise
             self._open = opened
         log.info("unlocked")
 
-    def try_unlock(self, secret: slots.Secret) -> None:
+    def try_unlock(self, secret: slots.Secret, uid: int) -> None:
         """Unlock for somebody who asks; each wrong secret makes the next answer slower.
 
         Raises:
@@ -81,9 +95,10 @@ class Vault:
         # One at a time: guesses in parallel would not wait for each other's delay.
         with self._wrong_lock:
             try:
-                self.unlock(secret)
+                self.unlock(secret, uid=uid)
             except slots.UnlockError as error:
                 self._wrong += 1
+                self.auditor.tell("unlock-refused", uid=uid, in_a_row=self._wrong)
                 log.warning("a wrong secret was given to unlock, %d in a row", self._wrong)
                 time.sleep(min(2.0 ** (self._wrong - 2), _WRONG_SECRET_DELAY_LIMIT))
                 raise StrongroomError(str(error), hint="try again, or use another slot", status=LOCKED) from error
@@ -91,10 +106,11 @@ class Vault:
                 raise StrongroomError(str(error), hint="see docs/admin.md, 'What losing a key means'") from error
             self._wrong = 0
 
-    def lock(self) -> None:
-        """Forget the keys."""
+    def lock(self, *, uid: int | None = None) -> None:
+        """Forget the keys. Whether that can be recorded or not: nobody is kept from locking."""
         with self._state:
             if self._open is not None:
+                self.auditor.locked(uid=uid)
                 self._open.close()
                 self._open = None
                 self.locked_since = time.time()
@@ -105,6 +121,7 @@ class Vault:
         with self._state:
             if self._open is not None:
                 _told(self._open.admission.catch_up())
+                self.auditor.take(self._open.gate_uid)
 
     def advance(self, seconds: float) -> bool:
         """Admit for a time, if unlocked; tell whether nothing is left that can be admitted now."""
@@ -112,6 +129,8 @@ class Vault:
             if self._open is None:
                 return True
             count, done = self._open.admission.advance(seconds)
+            self.auditor.take(self._open.gate_uid)
+            self.auditor.flush()
         _told(count)
         return done
 
@@ -137,4 +156,4 @@ class Vault:
 
 def _told(count: int) -> None:
     if count:
-        log.info("admitted %d packs", count)
+        log.info("admitted %d pack%s", count, "" if count == 1 else "s")

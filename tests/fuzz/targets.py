@@ -47,11 +47,12 @@ from storescp.gate.dimse import CommandError
 from storescp.gate.head import VALUE_LIMIT, WANTED, HeadError, HeadParser
 from storescp.gate.incoming import Origin
 from storescp.gate.negotiate import Agreement, Context
-from storescp.gate.receive import Association
+from storescp.gate.quota import Allowances
+from storescp.gate.receive import Association, Resources
 from storescp.gate.status import Reason
 from storescp.gate.transfer import ENCODINGS, STORAGE_CLASSES, VERIFICATION, Encoding
 from storescp.gate.wire import Pdu, Reader, WireError
-from storescp.peers import Peer, PeerError, PeerFile, Peers
+from storescp.peers import Asked, PeerError, PeerFile, Peers, Proof
 from storescp.vault import judge
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -235,9 +236,10 @@ def _elements(content: bytes) -> dict[int, bytes]:
 
 
 _PRIVATE = "1.2.3"
-_PEERS = Peers(
-    {"CT1": Peer("CT1", "", (), frozenset({"ab"}), frozenset({_PRIVATE}), Path("CT1.toml"))},
+_PEER = peers.parse(
+    f'ae_title = "CT1"\nkeys = ["sha256:{"ab" * 32}"]\nprivate_sop_classes = ["{_PRIVATE}"]\n', Path("CT1.toml")
 )
+_PEERS = Peers({"CT1": _PEER})
 
 
 def negotiation(data: bytes) -> None:
@@ -247,10 +249,11 @@ def negotiation(data: bytes) -> None:
     except WireError:
         return
     promise(len(request.calling) == len(request.called) == 16, "an AE title has another length than 16")
-    for fingerprint in ("ab", "cd"):
-        _PEERS.decide(request.calling, request.called, "STRONGROOM", fingerprint)
+    for key in ("ab", "cd"):
+        proof = Proof("", f"sha256:{key * 32}")
+        _PEERS.decide(Asked(request.calling, request.called, "10.0.0.1", proof), "STRONGROOM")
     try:
-        agreement = negotiate.agree(request, private_classes={_PRIVATE}, maximum_pdu=MAXIMUM_PDU)
+        agreement = negotiate.agree(request, peer=_PEER, maximum_pdu=MAXIMUM_PDU)
     except WireError:
         return
     reply = agreement.reply
@@ -504,7 +507,8 @@ def _associated(parts: Iterable[bytes]) -> tuple[str, bytes, list[tuple[object, 
     origin = Origin("ab", "CT1", "STRONGROOM", "192.0.2.1:1024", "")
     agreement = Agreement(b"", _CONTEXTS, MAXIMUM_PDU)
     try:
-        ending = Association(outside, Reader(MAXIMUM_PDU), agreement, origin, outside, config.Gate(), outside).run([])
+        resources = Resources(config.Gate(), outside, outside, Allowances(lambda _: None))
+        ending = Association(outside, Reader(MAXIMUM_PDU), agreement, origin, _PEER, resources).run([])
     except WireError:
         # Of two broken rules, the one that shows first depends on the pieces.
         ending = "broken off"
@@ -694,16 +698,9 @@ def _peer(data: bytes) -> None:
             return
     # ``peer add`` writes certificates in PEM of its own making, whatever stood around them.
     certificates = [x509.load_pem_x509_certificate(pem.encode()) for pem in peer.certificates]
-    written = peers.render(
-        PeerFile(
-            ae_title=peer.ae_title,
-            description=peer.description,
-            certificates=[
-                certificate.public_bytes(serialization.Encoding.PEM).decode() for certificate in certificates
-            ],
-            private_sop_classes=sorted(peer.private_sop_classes),
-        )
-    )
+    said = peers.load(data.decode(), peer.file)
+    said.certificates = [certificate.public_bytes(serialization.Encoding.PEM).decode() for certificate in certificates]
+    written = peers.render(said)
     again = peers.parse(written, peer.file)
     same = msgspec.structs.replace(again, certificates=peer.certificates) == peer
     promise(same, "a peer is written as another")

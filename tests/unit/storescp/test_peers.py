@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from keys import authority
 from storescp import peers
 from storescp.config import is_ae_title
-from storescp.peers import Peer, PeerError, PeerFile, Peers
+from storescp.peers import Asked, Peer, PeerError, PeerFile, Peers, Proof
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=200)
 CA = authority.new_authority("00" * 16, datetime.now(UTC))
@@ -49,6 +49,10 @@ def write(folder: Path, title: str, *pems: str, name: str = "") -> Path:
     file = folder / (name or peers.file_name(title))
     file.write_text(rendered(title, *pems))
     return file
+
+
+def asked(pem: str, calling: bytes = b"CT1", called: bytes = b"STRONGROOM") -> Asked:
+    return Asked(calling, called, "127.0.0.1", Proof(PRINTS.get(pem, "")))
 
 
 # --- the decision
@@ -102,16 +106,97 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Peers:
     ],
 )
 def test_title_and_certificate_decide(known: Peers, calling: bytes, called: bytes, pem: str, decision: str) -> None:
-    found = known.decide(calling, called, "STRONGROOM", PRINTS.get(pem, ""))
+    found = known.decide(asked(pem, calling, called), "STRONGROOM")
     assert (found.ae_title if isinstance(found, Peer) else found) == decision
 
 
 def test_without_peers_nobody_is_let_in() -> None:
-    assert Peers({}).decide(b"CT1", b"STRONGROOM", "STRONGROOM", PRINTS[ONE]) == NO_PEER
+    assert Peers({}).decide(asked(ONE), "STRONGROOM") == NO_PEER
 
 
 def test_the_servers_own_title_counts_without_its_padding(known: Peers) -> None:
-    assert isinstance(known.decide(b"CT1", b" STRONG ROOM ", "STRONG ROOM ", PRINTS[ONE]), Peer)
+    assert isinstance(known.decide(asked(ONE, called=b" STRONG ROOM "), "STRONG ROOM "), Peer)
+
+
+def loaded(pem: str) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(pem.encode())
+
+
+def one_peer(content: str) -> Peers:
+    peer = peers.parse(content, FILE)
+    return Peers({peer.ae_title: peer})
+
+
+NAMED = "dns:ct1.example"
+AUTHORITY = peers.key_print(loaded(CA.certificate))
+OTHER_PRINT = "sha256:" + "ab" * 32
+
+
+@pytest.mark.parametrize(
+    ("bound", "proof", "accepted"),
+    [
+        (f'keys = ["{peers.key_print(loaded(ONE))}"]', Proof("f", peers.key_print(loaded(ONE))), True),
+        (f'keys = ["{peers.key_print(loaded(ONE))}"]', Proof("f", peers.key_print(loaded(TWO))), False),
+        (f'keys = ["{OTHER_PRINT}"]', Proof("f", ""), False),
+        (f'names = ["{NAMED}"]', Proof("f", "k", frozenset({NAMED}), frozenset({AUTHORITY})), True),
+        (f'names = ["{NAMED}"]', Proof("f", "k", frozenset({NAMED, "ip:10.0.0.1"}), frozenset({"x", AUTHORITY})), True),
+        # Another name, another authority, and a chain that ends in a peer's own certificate.
+        (f'names = ["{NAMED}"]', Proof("f", "k", frozenset({"dns:ct2.example"}), frozenset({AUTHORITY})), False),
+        (f'names = ["{NAMED}"]', Proof("f", "k", frozenset({NAMED}), frozenset({OTHER_PRINT})), False),
+        (f'names = ["{NAMED}"]', Proof("f", "k", frozenset({NAMED})), False),
+    ],
+)
+def test_a_key_or_a_name_of_an_authority_binds(bound: str, proof: Proof, accepted: bool) -> None:
+    known = one_peer(f'ae_title = "CT1"\nauthority = "{AUTHORITY}"\n{bound}\n')
+    decision = known.decide(Asked(b"CT1", b"STRONGROOM", "10.0.0.1", proof), "STRONGROOM")
+    assert (isinstance(decision, Peer)) == accepted
+    assert accepted or decision == NO_CERTIFICATE
+
+
+@pytest.mark.parametrize(
+    ("networks", "address", "accepted"),
+    [
+        (["10.1.2.3"], "10.1.2.3", True),
+        (["10.1.2.3"], "10.1.2.4", False),
+        (["10.9.0.0/16", "10.1.2.0/24"], "10.1.2.255", True),
+        (["10.1.2.0/24"], "10.1.3.0", False),
+        (["fd00::/8"], "fd12::1", True),
+        (["fd00::/8"], "fe80::1", False),
+        (["fd00::/8"], "10.1.2.3", False),
+        (["0.0.0.0/0"], "::ffff:10.1.2.3", False),
+        ([], "192.0.2.1", True),
+    ],
+)
+def test_an_address_is_needed_where_addresses_are_given(networks: list[str], address: str, accepted: bool) -> None:
+    known = one_peer(peers.render(PeerFile(ae_title="CT1", certificates=[ONE], addresses=networks)))
+    decision = known.decide(Asked(b"CT1", b"STRONGROOM", address, Proof(PRINTS[ONE])), "STRONGROOM")
+    assert isinstance(decision, Peer) == accepted
+    assert accepted or decision == "the peer with this calling AE title may not come from this address"
+
+
+@pytest.mark.parametrize(
+    ("plaintext", "listener", "accepted"),
+    [(True, {"CT1"}, True), (True, {"CT2"}, False), (True, set(), False), (False, {"CT1"}, False)],
+)
+def test_without_tls_both_the_peer_and_the_listener_must_say_so(
+    plaintext: bool, listener: set[str], accepted: bool
+) -> None:
+    known = one_peer(peers.render(PeerFile(ae_title="CT1", certificates=[ONE], plaintext=plaintext)))
+    decision = known.decide(Asked(b"CT1", b"STRONGROOM", "10.0.0.1", None, frozenset(listener)), "STRONGROOM")
+    assert isinstance(decision, Peer) == accepted
+
+
+def test_a_peer_without_tls_needs_its_certificate_where_there_is_tls() -> None:
+    known = one_peer(peers.render(PeerFile(ae_title="CT1", certificates=[ONE], plaintext=True)))
+    asked_for = Asked(b"CT1", b"STRONGROOM", "10.0.0.1", Proof(PRINTS[TWO]), frozenset({"CT1"}))
+    assert known.decide(asked_for, "STRONGROOM") == NO_CERTIFICATE
+
+
+def test_alternative_names_are_those_of_the_certificate() -> None:
+    names = ["CT1.example", "10.1.2.3", "fd00::5"]
+    pem = authority.issue_server(CA, authority.request(authority.new_private_key()), names, datetime.now(UTC), 9)
+    assert peers.alternative_names(loaded(pem.decode())) >= {"dns:ct1.example", "ip:10.1.2.3", "ip:fd00::5"}
+    assert not peers.alternative_names(loaded(CA.certificate))
 
 
 # --- files
@@ -158,7 +243,19 @@ def version_two(pem: str) -> str:
     ("content", "message"),
     [
         ("", "ae_title: missing"),
-        ("", "certificates: missing"),
+        ("ae_title = 'CT1'", "certificates: a peer needs one"),
+        (with_line("keys", "['sha256:00']"), "keys: 'sha256:00' is not"),
+        (with_line("names", "['dns:a']"), "authority: '' is not"),
+        (with_line("names", "['ct1']"), "names: 'ct1' is no name"),
+        (with_line("authority", "'x'"), "authority: 'x' is not"),
+        *((with_line("addresses", f"['{a}']"), f"addresses: '{a}' is no")
+          for a in ("", "x", "10.1.2.3/8", "10.1.2.3:104")),
+        (with_line("operations", "['delete']"), "operations: 'delete' is none of echo, store"),
+        (with_line("sop_classes", "['CT']"), "sop_classes: 'CT' is no UID"),
+        (with_line("maximum_associations", "-1"), "maximum_associations: must be from 0"),
+        (with_line("objects_per_minute", "1000001"), "objects_per_minute: must be from 0"),
+        (with_line("bytes_per_day", "2e9"), "bytes_per_day: expected `int`"),
+        (with_line("plaintext", "'yes'"), "plaintext: expected `bool`"),
         (GOOD + "x", ""),
         ("ae_title = ", ""),
         ("a = " + "[" * 5000, ""),
@@ -194,7 +291,7 @@ def test_a_broken_file_is_an_error_that_names_file_and_key(tmp_path: Path, conte
 def test_every_error_of_a_file_is_told_at_once() -> None:
     with pytest.raises(PeerError) as raised:
         peers.parse("ae_title = 1\ndescription = 2\nother = 3", FILE)
-    assert len(str(raised.value).split("\n")) == 4
+    assert len(str(raised.value).split("\n")) == 3
 
 
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -231,7 +328,7 @@ def test_any_text_is_a_peer_or_a_peer_error(content: str) -> None:
         return
     assert is_ae_title(found.ae_title)
     assert found.fingerprints <= set(PRINTS.values())
-    assert found.fingerprints
+    assert found.fingerprints or found.plaintext
 
 
 # --- folders

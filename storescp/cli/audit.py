@@ -1,0 +1,169 @@
+"""``audit show|verify|restart``: who did what, and the proof that nothing of it was changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from keys.versions import store_id_of
+from storage import audit
+from storage.audit import Head
+from storescp.cli import output
+from storescp.cli.session import config_of, vault
+from storescp.config import Config
+from storescp.errors import FINDINGS, NOTHING, StrongroomError
+from storescp.log import escape
+
+_OWN = {"number", "time", "type"}
+
+
+@click.group("audit")
+def audit_command() -> None:
+    """Read and check the audit chain: who connected, was refused, stored, looked, exported, unlocked, changed peers."""
+
+
+@audit_command.command("show")
+@click.option("--after", default=0, metavar="NUMBER", help="Only records behind this one.")
+@click.option(
+    "--since", default="", metavar="TIME", help="Only from this time on, UTC, as 2026-01-31 or 2026-01-31T08:00."
+)
+@click.option("--type", "types", multiple=True, help="Only records of this type; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON document a line.")
+@click.pass_obj
+def show(given: str | None, /, after: int, since: str, types: tuple[str, ...], as_json: bool) -> int:
+    r"""Show the records of the audit chain, the oldest first. That you read them is recorded, too.
+
+    \b
+    Examples:
+      $ strongroom audit show --since 2026-01-31
+      $ strongroom audit show --type gate-events --json
+    Exit status: 0 shown, 4 locked, 5 nothing matched.
+    """
+    count = 0
+    asked = {"after": after, "since": since, "types": list(types)}
+    with vault(config_of(given)) as client:
+        for record in client.lines("POST", "/v1/audit", asked):
+            count += 1
+            if as_json:
+                click.echo(json.dumps(record, ensure_ascii=False))
+                continue
+            for line in _lines(record):
+                click.echo(line)
+    if not count:
+        click.echo("nothing matched", err=True)
+        return NOTHING
+    return 0
+
+
+@audit_command.command("verify")
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Another folder: a copy, a backup.")
+@click.option("--head", metavar="NUMBER:HASH", help="A head that you kept: the chain must have come through it.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def verify(given: str | None, /, folder: Path | None, head: str | None, as_json: bool) -> int:
+    r"""Check that every record follows from the one before and that the store signed it. Works while it is locked.
+
+    Note the head that it prints, away from this machine: with it, a later check finds what was cut or rewritten since.
+
+    \b
+    Examples:
+      $ strongroom audit verify
+      $ strongroom audit verify --folder /mnt/backup/audit --head 90412:5f2c...
+    Exit status: 0 whole, 1 cannot be read, 6 the chain is broken: the first broken record is named.
+    """
+    config = config_of(given)
+    # Asked before the chain is read: what the vault wrote until then must be in it.
+    written = None if folder else _written(config)
+    known = _head(head) if head else written
+    try:
+        found = audit.verify(
+            folder or config.store_path / "audit", store_id_of(config.signing_key), config.signing_key, known=known
+        )
+    except OSError as error:
+        raise StrongroomError(
+            f"the audit chain cannot be read: {error}", hint="run this as root, or as the user that the vault runs as"
+        ) from error
+    fault = found.fault
+    checkpoint = found.checkpoint
+    if as_json:
+        output.document(
+            {
+                "format": 1,
+                "whole": not fault,
+                "fault": fault,
+                "head": {"number": found.head.number, "hash": found.head.hash.hex()},
+                "checkpoint": {"number": checkpoint.number, "time": checkpoint.time} if checkpoint else None,
+                "unsigned": found.unsigned,
+            }
+        )
+        return FINDINGS if fault else 0
+    click.echo(
+        f"{output.plural(found.head.number, 'record')} in order; head {found.head.number}:{found.head.hash.hex()}"
+    )
+    if checkpoint:
+        click.echo(f"signed up to record {checkpoint.number} at {checkpoint.time}")
+    if found.unsigned:
+        click.echo(f"{output.plural(found.unsigned, 'record')} not signed yet: the vault signs when it is unlocked")
+    if fault:
+        click.echo(f"BROKEN: {fault}")
+        return FINDINGS
+    click.echo("whole")
+    return 0
+
+
+@audit_command.command("restart")
+@click.option("--reason", required=True, help="Why; it becomes the new chain's first record.")
+@click.pass_obj
+def restart(given: str | None, /, reason: str) -> None:
+    r"""Put a broken chain aside, where it stays, and begin a new one, so that admins can act again.
+
+    \b
+    Example:
+      $ strongroom audit restart --reason "disk failure of 3 May, ticket 4711"
+    """
+    with vault(config_of(given), unlocked=False) as client:
+        aside = client.json("POST", "/v1/audit/restart", {"reason": reason})["aside"]
+    click.echo(f"the old chain is {aside}; keep it. A new one began")
+
+
+def _written(config: Config) -> Head | None:
+    """Return the head that the running vault wrote last; None where none runs that can be asked."""
+    if not config.socket.exists():
+        return None
+    try:
+        with vault(config, unlocked=False) as client:
+            head = client.json("GET", "/v1/audit")["head"]
+    except StrongroomError:
+        return None
+    return Head(head["number"], bytes.fromhex(head["hash"])) if head else None
+
+
+def _head(text: str) -> Head:
+    number, _, digest = text.partition(":")
+    try:
+        if len(digest) != 64:
+            raise ValueError
+        return Head(int(number), bytes.fromhex(digest))
+    except ValueError as error:
+        raise click.BadParameter(f"'{text}' is no head: NUMBER:HASH, as 'audit verify' prints it") from error
+
+
+def _lines(record: dict[str, Any]) -> list[str]:
+    lines = [f"{record['number']:>8}  {_words(record, 'events')}"]
+    if isinstance(record.get("events"), list):
+        lines += [f"{'':>8}    {_words(event)}" for event in record["events"]]
+    return lines
+
+
+def _words(record: dict[str, Any], *left_out: str) -> str:
+    fields = [
+        f"{k}={_value(v)}" for k, v in record.items() if k not in _OWN and k not in left_out and v not in ("", {}, [])
+    ]
+    return escape(" ".join([str(record.get("time", ""))[:19] + "Z", str(record.get("type", "")), *fields]))
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) and " " not in value else json.dumps(value, ensure_ascii=False)
