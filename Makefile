@@ -9,7 +9,7 @@ VAR := var
 CONFIG := $(VAR)/strongroom.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve demo test crash fuzz bench lock clean
+.PHONY: serve demo test crash fuzz bench scan lock clean
 
 # What runs needs no test tools: each list of pinned, hashed requirements has a stamp of its own.
 $(VENV)/run.stamp: .ci/requirements/run.txt pyproject.toml
@@ -60,6 +60,11 @@ bench: $(VENV)/test.stamp
 	@.ci/apt
 	$(BIN)/python -m benchmarks.receive --rounds 3 --journal --json $(VAR)/bench.json \
 	  --markdown docs/performance.md --svg docs/performance.svg
+
+# What sslyze sees of the gate of 'make serve', which must run. The scanner lives apart from what the server needs.
+scan: $(VENV)/run.stamp
+	@test -x $(VAR)/scan/bin/sslyze || { $(PYTHON) -m venv $(VAR)/scan && $(VAR)/scan/bin/pip install --quiet sslyze==6.3.1; }
+	$(VAR)/scan/bin/sslyze --cert $(VAR)/demo/DEMO.pem --key $(VAR)/demo/DEMO.key 127.0.0.1:2762
 
 # Only after a change of the dependencies in pyproject.toml; needs uv. setuptools is what the package itself is built with.
 lock:

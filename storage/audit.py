@@ -2,7 +2,7 @@
 
 One process appends. Whoever has the store's public key can check a chain without opening a record; whoever has the
 audit key can read it. Nothing here knows what records mean.
-Source: docs/format.md, section 7; docs/design.md, "The audit chain".
+Source: docs/format.md, section 8.
 """
 
 from __future__ import annotations

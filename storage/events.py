@@ -2,7 +2,7 @@
 
 A pack like any deposit, with flag 1 in its header, one record, the label ``event`` in its seal, and a name that ends
 in ``.events``; the gate can write it and nobody but the vault can open it. It never gets into the archive.
-Source: docs/format.md, section 2.
+Source: docs/format.md, section 2.4.
 """
 
 from __future__ import annotations

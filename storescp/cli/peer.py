@@ -341,7 +341,9 @@ def _finish(client: Client, peer: Peer, wanted: PeerFile, force: bool) -> None:
 
 
 def _uses(config: Config) -> dict[str, str]:
-    """Return when each certificate was last used; nothing where the vault is locked or cannot be reached."""
+    """Return when each certificate was last used; nothing where no vault runs, or it is locked."""
+    if not config.socket.exists():
+        return {}
     try:
         with vault(config, unlocked=False) as client:
             return {item["certificate"]: item["last"] for item in client.json("GET", "/v1/peers")["items"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import socket as sockets
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,13 @@ def status_command(given: str | None, /, as_json: bool) -> None:
     Example:
       $ strongroom status --json
     """
+    from storescp.gate import validity
+
     config = config_of(given)
     with vault(config, unlocked=False) as client:
         status = client.json("GET", "/v1/status")
+    # The vault knows nothing of TLS: what the gate's files say is read here.
+    status["warnings"] += validity.warnings(config, datetime.now(UTC))
     if as_json:
         output.document(status)
         return

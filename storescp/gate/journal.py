@@ -3,7 +3,7 @@
 Events collect for some seconds and go to the vault as sealed files. They are bounded: the same refusal over and over is
 one event with a count. A disk that refuses them stops nobody from storing; they stay here, and what is too much is
 counted. Steps go, without waiting, to the socket of ``strongroom peer test``, if there is one.
-Source: docs/format.md, "Audit".
+Source: docs/format.md, section 2.4.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import selectors
 import signal
 import socket
 import time
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from storage.openpack import remove_unfinished
@@ -19,7 +20,7 @@ from storescp import notify, peers, space
 from storescp.child import Child
 from storescp.config import Config, Gate, network, parse_address
 from storescp.errors import StrongroomError
-from storescp.gate import channel
+from storescp.gate import channel, validity
 from storescp.gate.channel import ChannelError, ClosedError, Message, Refused
 from storescp.gate.quota import Claim, Quotas, Use
 from storescp.harden import check_gate
@@ -32,6 +33,8 @@ _START_SECONDS = 25.0
 _LINGER_SECONDS = 5.0
 # What accepting waits when the process is out of descriptors or memory: connections that end free some.
 _EXHAUSTED_SECONDS = 0.1
+# How often what expires soon is told again.
+_WARN_SECONDS = 86_400.0
 # Of what is turned away, how many kinds are told apart at a time.
 _REFUSED_LIMIT = 100
 
@@ -128,7 +131,7 @@ class _Gate:
         ]
         self._quotas = Quotas()
         self._refused: dict[Refused, int] = {}
-        self._warned = ""
+        self._warned = 0.0
         # A signal makes the selector's wait end.
         self._wakeup, wake = socket.socketpair()
         self._wakeup.setblocking(False)
@@ -160,11 +163,6 @@ class _Gate:
             self._selector.register(listener.socket, selectors.EVENT_READ, listener)
         addresses = ", ".join(_name(x.socket.getsockname()) for x in self._listeners if x.plaintext is None)
         log.info("listening on %s as %s, %d workers", addresses, self._settings.ae_title, len(self._workers))
-        for plain in self._settings.plaintext:
-            titles, addresses = ", ".join(plain.peers), ", ".join(plain.addresses)
-            log.warning(
-                "listening WITHOUT TLS on %s for %s from %s: %s", plain.listen, titles, addresses, plain.plaintext
-            )
         if not self._peers:
             log.warning("no peers are configured: nobody can associate; 'strongroom peer add' adds one")
         notify.ready()
@@ -215,14 +213,22 @@ class _Gate:
                 self._selector.register(worker.start(replaces=True), selectors.EVENT_READ, worker)
         if self._reload or self._files() != self._stamp:
             self._reload = False
+            self._warned = 0.0
             self._stamp = self._files()
             self._kept = ""
             self._asked = {worker for worker in self._workers if worker.send(Message("reload"))}
         self._tell_refused()
+        if not self._warned or time.monotonic() - self._warned > _WARN_SECONDS:
+            self._warn()
         try:
             self._tell_space()
         except OSError as error:
             log.error("free space cannot be measured: %s", error)
+
+    def _warn(self) -> None:
+        self._warned = time.monotonic()
+        for said in validity.warnings(self._config, datetime.now(UTC)):
+            log.warning("%s", said)
 
     def _tell_refused(self) -> None:
         """Have a worker write down, for the audit chain, what was turned away here."""
