@@ -31,8 +31,10 @@ LAST_WANTED = max(WANTED)
 VALUE_LIMIT = 4096
 DEPTH_LIMIT = 64
 ELEMENT_LIMIT = 200_000
-# What one element may inflate to is bounded by this and by VALUE_LIMIT; skipped bytes are dropped as they come.
+# Inflated bytes are taken in steps of so many, and skipped ones dropped as they come; before the last wanted element a
+# data set may inflate to no more than the limit, which is processor time rather than memory.
 _INFLATE_STEP = 65_536
+INFLATE_LIMIT = 64 << 20
 
 _UNDEFINED = 0xFFFFFFFF
 _LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
@@ -61,6 +63,7 @@ class HeadParser:
         # Tag and length of an element of the top level, with the VR where there is one.
         self._head = struct.Struct(("<" if encoding.little_endian else ">") + ("HHI" if encoding.implicit else "HH2sH"))
         self._inflate = zlib.decompressobj(-15) if encoding.deflated else None
+        self._inflated = 0
         self._seen: set[int] = set()
         self._part = b""
         self._skip = 0
@@ -83,6 +86,9 @@ class HeadParser:
             pending: bytes | memoryview = data
             while not self.done and not self._inflate.eof:
                 plain = self._inflate.decompress(pending, _INFLATE_STEP)
+                self._inflated += len(plain)
+                if self._inflated > INFLATE_LIMIT:
+                    raise HeadError("a deflated data set inflates to too much before its last wanted element")
                 self._take(memoryview(plain))
                 pending = self._inflate.unconsumed_tail
                 # A whole step with nothing left to feed it: more of it may still lie inside zlib.

@@ -27,7 +27,16 @@ from storage import attributes
 from storage.attributes import Attributes, AttributesError, Received
 from storescp.gate import head
 from storescp.gate.describe import Describer, uid
-from storescp.gate.head import DEPTH_LIMIT, ELEMENT_LIMIT, LAST_WANTED, VALUE_LIMIT, WANTED, HeadError, HeadParser
+from storescp.gate.head import (
+    DEPTH_LIMIT,
+    ELEMENT_LIMIT,
+    INFLATE_LIMIT,
+    LAST_WANTED,
+    VALUE_LIMIT,
+    WANTED,
+    HeadError,
+    HeadParser,
+)
 from storescp.gate.transfer import ENCODINGS, Encoding
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=300)
@@ -445,18 +454,31 @@ def peak(feed: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-def test_a_gigabyte_in_one_skipped_element_takes_no_memory() -> None:
-    start = element(0x00091010, length=1 << 30)
-    content = flushed(start) + zeros(1024) + deflate(ID)
-    assert len(content) < 4 << 20
+def test_much_in_one_skipped_element_takes_no_memory() -> None:
+    start = element(0x00091010, length=60 << 20)
+    content = flushed(start) + zeros(60) + deflate(ID)
     parser = HeadParser(DEFLATED)
     assert peak(lambda: parser.feed(memoryview(content))) < 16 << 20
     parser.end()
     assert parser.values == {PATIENT_ID: ("LO", b"ID1 ")}
 
 
+def test_what_inflates_to_too_much_is_refused_before_it_does() -> None:
+    start = element(0x00091010, length=1 << 30)
+    content = flushed(start) + zeros(1024) + deflate(ID)
+    assert len(content) < 4 << 20
+    parser = HeadParser(DEFLATED)
+
+    def feed() -> None:
+        with pytest.raises(HeadError, match="inflates to too much"):
+            parser.feed(memoryview(content))
+
+    assert peak(feed) < 16 << 20
+    assert parser._inflated <= INFLATE_LIMIT + 65_536
+
+
 def test_a_stream_that_inflates_far_into_many_elements_takes_no_memory() -> None:
-    units = flushed(element(0x00091010, bytes(1000), "LO") * 1000)
+    units = flushed(element(0x00091010, bytes(100), "LO") * 1000)
     content = units * (ELEMENT_LIMIT // 1000 + 1)
     parser = HeadParser(DEFLATED)
 
