@@ -9,7 +9,7 @@ VAR := var
 CONFIG := $(VAR)/strongroom.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve demo test crash fuzz bench scan lock clean
+.PHONY: serve demo test crash fuzz soak bench scan lock clean
 
 # What runs needs no test tools: each list of pinned, hashed requirements has a stamp of its own.
 $(VENV)/run.stamp: .ci/requirements/run.txt pyproject.toml
@@ -54,6 +54,10 @@ SECONDS := 300
 TARGET := all
 fuzz: $(VENV)/test.stamp
 	nice $(BIN)/python tests/fuzz/run.py $(TARGET) --seconds $(SECONDS) --corpus $(VAR)/fuzz
+
+# Good and bad peers together for SECONDS: nothing acknowledged is lost, no process grows. An hour takes up to 12 GB under /tmp.
+soak: $(VENV)/test.stamp
+	STRONGROOM_SOAK_SECONDS=$(SECONDS) nice $(BIN)/pytest -s tests/soak
 
 # Takes up to 42 GB while it runs; as root also with two users and on a journaled image. '--from var/bench.json' shows the figures again.
 bench: $(VENV)/test.stamp

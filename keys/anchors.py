@@ -1,17 +1,30 @@
 """Anchors: small erasable secrets, outside every backup, one a version. Destroying one kills its version everywhere.
 
 A provider needs three verbs, ``create``, ``key`` and ``destroy``; the file provider is the default.
-Source: docs/format.md, section 5.
+Source: docs/format.md, section 5; NIST SP 800-88, revision 1, for the grades.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import secrets
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from keys import encoding
 from keys.seal import context, derive, u32
+from keys.token import AttachedToken, TokenError
+
+Grade = Literal["clear", "purge"]
+# By provider, so that it can be said of an anchor that is destroyed or whose token is not attached.
+GRADES: dict[str, Grade] = {"file": "clear", "pkcs11": "purge"}
+
+_FILE_ID = re.compile(r"anchor-[1-9][0-9]{0,9}")
+_TOKEN_ID = re.compile(r"strongroom-anchor-([1-9][0-9]{0,9})-[0-9a-f]{32}@((?:[0-9a-f]{2})*)")
 
 _CACHEDIR_TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
 # The anchors of a Strongroom store. They must not be in any backup: destroying an anchor is what proves that a key
@@ -21,19 +34,28 @@ _CACHEDIR_TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
 
 
 class AnchorError(Exception):
-    """An anchor is not here, or cannot be made or read."""
+    """An anchor is not here, or cannot be made, read or destroyed."""
 
 
 class Anchors(Protocol):
     """Where anchors live."""
 
-    provider: str
+    @property
+    def provider(self) -> str:
+        """The name by which a keyring says whose an anchor is."""
+
+    @property
+    def grade(self) -> Grade:
+        """What destroying an anchor achieves, in the words of NIST SP 800-88."""
 
     def create(self, version: int) -> str:
         """Make the anchor of a version and return its id."""
 
-    def key(self, anchor_id: str, store_id: bytes, version: int) -> bytes:
+    def key(self, anchor_id: str, store_id: bytes, version: int) -> bytearray:
         """Return the key that seals V_v, 32 bytes."""
+
+    def destroy(self, anchor_id: str) -> None:
+        """Destroy an anchor; returns when it is gone, also if it was gone before."""
 
     def generation(self, store_id: bytes) -> int:
         """Return the highest keyring generation seen, 0 if none."""
@@ -42,10 +64,8 @@ class Anchors(Protocol):
         """Record a keyring generation."""
 
 
-class FileAnchors:
-    """Anchors as files of 32 random bytes; grade *clear* of NIST SP 800-88, never *purge*."""
-
-    provider = "file"
+class _Folder:
+    """The anchors folder: every provider keeps the record of generations there."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -54,32 +74,6 @@ class FileAnchors:
         """Make the folder and mark it as one that backups skip."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         encoding.create(self._folder / "CACHEDIR.TAG", _CACHEDIR_TAG)
-
-    def create(self, version: int) -> str:
-        """Make the anchor of a version and return its id.
-
-        Raises:
-            FileExistsError: There is one.
-        """
-        name = f"anchor-{version}"
-        encoding.create(self._folder / name, secrets.token_bytes(32))
-        return name
-
-    def key(self, anchor_id: str, store_id: bytes, version: int) -> bytes:
-        """Return the key that seals V_v.
-
-        Raises:
-            AnchorError: The anchor is not here or is damaged.
-        """
-        if anchor_id != f"anchor-{version}":
-            raise AnchorError(f"version {version} names an anchor of another version")
-        try:
-            secret = (self._folder / anchor_id).read_bytes()
-        except OSError as error:
-            raise AnchorError(f"the anchor of version {version} cannot be read: {error.strerror}") from error
-        if len(secret) != 32:
-            raise AnchorError(f"the anchor of version {version} is damaged")
-        return derive(secret, 32, context("derive/anchor", store_id, u32(version)))
 
     def generation(self, store_id: bytes) -> int:
         """Return the highest keyring generation seen.
@@ -99,3 +93,184 @@ class FileAnchors:
     def set_generation(self, store_id: bytes, generation: int) -> None:
         """Record a keyring generation durably."""
         encoding.replace(self._folder / "generation", f"{store_id.hex()} {generation}\n".encode())
+
+
+class FileAnchors(_Folder):
+    """Anchors as files of 32 random bytes.
+
+    Overwritten in place and removed: what a file system that copies on write, a snapshot or a flash disk still holds of
+    one is out of reach, so never *purge*.
+    """
+
+    provider = "file"
+    grade = GRADES[provider]
+
+    def create(self, version: int) -> str:
+        """Make the anchor of a version and return its id.
+
+        Raises:
+            FileExistsError: There is one.
+        """
+        name = f"anchor-{version}"
+        encoding.create(self._folder / name, secrets.token_bytes(32))
+        return name
+
+    def key(self, anchor_id: str, store_id: bytes, version: int) -> bytearray:
+        """Return the key that seals V_v.
+
+        Raises:
+            AnchorError: The anchor is not here or is damaged.
+        """
+        if anchor_id != f"anchor-{version}":
+            raise AnchorError(f"version {version} names an anchor of another version")
+        secret = bytearray(33)
+        try:
+            with (self._folder / anchor_id).open("rb", buffering=0) as file:
+                length = file.readinto(secret)
+        except OSError as error:
+            raise AnchorError(f"the anchor of version {version} cannot be read: {error.strerror}") from error
+        try:
+            if length != 32:
+                raise AnchorError(f"the anchor of version {version} is damaged")
+            info = context("derive/anchor", store_id, u32(version))
+            return bytearray(derive(memoryview(secret)[:32], 32, info))
+        finally:
+            secret[:] = bytes(33)
+
+    def destroy(self, anchor_id: str) -> None:
+        """Overwrite an anchor with random bytes, durably, and then remove it, durably.
+
+        After a crash in between it can be called again; where the file is gone already, it says so durably.
+
+        Raises:
+            AnchorError: The anchor cannot be overwritten or removed; it is still there.
+        """
+        if not _FILE_ID.fullmatch(anchor_id):
+            raise AnchorError(f"{anchor_id!r} is not the name of an anchor file")
+        path = self._folder / anchor_id
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                _overwrite(path)
+                path.unlink()
+            encoding.sync_folder(self._folder)
+        except OSError as error:
+            raise AnchorError(f"the anchor {path} cannot be destroyed: {error.strerror}") from error
+
+
+class TokenAnchors(_Folder):
+    """Anchors as non-extractable HMAC keys of a PKCS#11 token, one a version.
+
+    Its grade is the token's: with a token that is only software, such as SoftHSM, nothing is purged.
+    """
+
+    provider = "pkcs11"
+    grade = GRADES[provider]
+
+    def __init__(self, folder: Path, token: AttachedToken) -> None:
+        """Use a token that somebody attached, and closes.
+
+        Args:
+            folder: The anchors folder, for the record of generations.
+            token: Must stay attached while versions are made, opened or destroyed.
+        """
+        super().__init__(folder)
+        self._token = token
+
+    def create(self, version: int) -> str:
+        """Make the anchor of a version and return its id: the key's label and the token's serial number.
+
+        Raises:
+            AnchorError: The token is gone or cannot make it.
+        """
+        # Random: a token can hold anchors of several stores, and one that a crash left without a keyring naming it.
+        label = f"strongroom-anchor-{version}-{secrets.token_hex(16)}"
+        with _as_anchor_error():
+            self._token.create_key(label)
+        return f"{label}@{self._token.serial}"
+
+    def key(self, anchor_id: str, store_id: bytes, version: int) -> bytearray:
+        """Return the key that seals V_v.
+
+        Raises:
+            AnchorError: The anchor or the token is not here.
+        """
+        found = _TOKEN_ID.fullmatch(anchor_id)
+        if found is None or int(found[1]) != version:
+            raise AnchorError(f"version {version} names an anchor of another version")
+        with _as_anchor_error():
+            return self._token.hmac(anchor_id.partition("@")[0], context("derive/anchor-token", store_id, u32(version)))
+
+    def destroy(self, anchor_id: str) -> None:
+        """Destroy an anchor on the token that it was made on.
+
+        Raises:
+            AnchorError: It is not proved that the anchor is gone.
+        """
+        found = _TOKEN_ID.fullmatch(anchor_id)
+        if found is None:
+            raise AnchorError(f"{anchor_id!r} is not the name of an anchor on a token")
+        # Another token of the same label has no such key either, and that would look like a destroyed one.
+        if found[2] != self._token.serial:
+            raise AnchorError(
+                f"the anchor of version {found[1]} is on the token with serial number {_serial(found[2])}, "
+                f"attached is {_serial(self._token.serial)}: attach the other to destroy it"
+            )
+        with _as_anchor_error():
+            self._token.destroy_key(anchor_id.partition("@")[0])
+
+
+class AnchorSet:
+    """The anchors of several providers side by side; new ones come from the first. All use one anchors folder."""
+
+    def __init__(self, first: Anchors, *others: Anchors) -> None:
+        self.first = first
+        self._by_provider = {anchors.provider: anchors for anchors in (*reversed(others), first)}
+
+    def of(self, provider: str) -> Anchors:
+        """Return the anchors of a provider.
+
+        Raises:
+            AnchorError: It is not in this set.
+        """
+        try:
+            return self._by_provider[provider]
+        except KeyError:
+            raise AnchorError(f"no anchors of the kind {provider!r} are attached") from None
+
+    def generation(self, store_id: bytes) -> int:
+        """Return the highest keyring generation seen.
+
+        Raises:
+            AnchorError: The record is missing or damaged, or is another store's.
+        """
+        return self.first.generation(store_id)
+
+    def set_generation(self, store_id: bytes, generation: int) -> None:
+        """Record a keyring generation durably."""
+        self.first.set_generation(store_id, generation)
+
+
+def _overwrite(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise AnchorError(f"the anchor {path} is not a file; it was not destroyed")
+        view = memoryview(secrets.token_bytes(max(32, found.st_size)))
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _as_anchor_error() -> Iterator[None]:
+    try:
+        yield
+    except TokenError as error:
+        raise AnchorError(str(error)) from error
+
+
+def _serial(text: str) -> str:
+    return bytes.fromhex(text).decode("ascii", "replace") or "none"

@@ -5,15 +5,18 @@ Source: docs/format.md, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.constant_time import bytes_eq
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 
 from keys import encoding, slots
-from keys.anchors import Anchors
+from keys.anchors import GRADES, Anchors, AnchorSet, Grade
 from keys.seal import SealError, context, open_sealed, seal, u32, u64
+from keys.shares import RecoveryKey
 from keys.versions import Version, new_key, store_id_of
 
 MAGIC = b"\x89SRK\r\n\x1a\n"
@@ -73,17 +76,18 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     signing_seed: bytes
     tag_key: bytes
     versions: list[VersionRecord]
+    recovery: list[RecoveryKey] = msgspec.field(default_factory=list)
 
 
 class Keyring:
     """An unlocked keyring."""
 
-    def __init__(self, header: Header, body: Body, root_key: bytearray, anchors: Anchors) -> None:
+    def __init__(self, header: Header, body: Body, root_key: bytearray, anchors: Anchors | AnchorSet) -> None:
         self.header = header
         self.body = body
         self.store_id = bytes.fromhex(header.store_id)
         self._root_key = root_key
-        self._anchors = anchors
+        self._anchors = anchors if isinstance(anchors, AnchorSet) else AnchorSet(anchors)
         self._versions: dict[int, Version] = {}
 
     @property
@@ -99,35 +103,187 @@ class Keyring:
         """Return an opened version.
 
         Raises:
-            UnknownVersionError: The keyring has none of this number.
+            UnknownVersionError: The keyring has none of this number, or it was destroyed.
             KeyringError: Its root does not open.
             AnchorError: Its anchor is not here.
         """
         if number not in self._versions:
-            record = next((r for r in self.body.versions if r.version == number), None)
-            if record is None:
-                raise UnknownVersionError(f"the keyring has no key version {number}")
-            key = self._anchors.key(record.anchor.id, self.store_id, number)
+            record = self._record(number)
+            if record.state == "destroyed":
+                raise UnknownVersionError(f"key version {number} was destroyed: nothing opens what was under it")
+            key = self._anchors.of(record.anchor.provider).key(record.anchor.id, self.store_id, number)
             try:
                 root = open_sealed(record.root, key, context("version-root", self.store_id, u32(number)))
             except SealError:
                 raise KeyringError(f"the root of key version {number} does not open under its anchor") from None
+            finally:
+                _zero(key)
             self._versions[number] = Version(self.store_id, number, root)
         return self._versions[number]
 
+    def grade(self, number: int) -> Grade:
+        """Return what destroying a version achieves or achieved, in the words of NIST SP 800-88.
+
+        Raises:
+            UnknownVersionError: The keyring has none of this number.
+        """
+        return GRADES[self._record(number).anchor.provider]
+
     def add_version(self, created: str) -> Version:
-        """Make the next version with a new anchor; it takes effect for others once the keyring is written."""
+        """Make the next version with a new anchor; it takes effect for others once the keyring is written.
+
+        Raises:
+            AnchorError: The anchor cannot be made.
+        """
         number = max((record.version for record in self.body.versions), default=0) + 1
-        anchor_id = self._anchors.create(number)
+        anchors = self._anchors.first
+        try:
+            anchor_id = anchors.create(number)
+        except FileExistsError:
+            if number == 1:
+                raise
+            # A crash left it, before the keyring that would have named it was written: nothing hangs on it.
+            anchors.destroy(f"anchor-{number}")
+            anchor_id = anchors.create(number)
         root = new_key()
-        key = self._anchors.key(anchor_id, self.store_id, number)
+        key = anchors.key(anchor_id, self.store_id, number)
         sealed = seal(root, key, context("version-root", self.store_id, u32(number)))
-        reference = AnchorReference(anchor_id, self._anchors.provider)
+        _zero(key)
+        reference = AnchorReference(anchor_id, anchors.provider)
         for record in self.body.versions:
-            record.state = "old"
+            if record.state == "current":
+                record.state = "old"
         self.body.versions.append(VersionRecord(reference, created, sealed, "current", number))
         self._versions[number] = Version(self.store_id, number, root)
+        _zero(root)
         return self._versions[number]
+
+    def destroy_version(self, number: int) -> None:
+        """Destroy the anchor of an old version: at once, and for good. The keyring is to be written after it.
+
+        A version whose anchor is destroyed already is no error, so that it can be repeated after a crash.
+
+        Raises:
+            UnknownVersionError: The keyring has none of this number.
+            KeyringError: It is the current one.
+            AnchorError: The anchor is not here, or is not proved to be gone; nothing was changed in the keyring.
+        """
+        record = self._record(number)
+        if number == max(r.version for r in self.body.versions):
+            raise KeyringError(f"key version {number} is the current one: rotate first")
+        self._anchors.of(record.anchor.provider).destroy(record.anchor.id)
+        record.root = b""
+        record.state = "destroyed"
+        opened = self._versions.pop(number, None)
+        if opened is not None:
+            opened.forget()
+
+    def add_slot(self, secret: slots.Secret, label: str, created: str) -> slots.Slot:
+        """Add a slot that was opened once; it takes effect once the keyring is written.
+
+        Raises:
+            KeyringError: There is no room for it.
+            CredentialError: The credential is not here.
+            TokenError: The token is not here, or cannot do what is needed.
+        """
+        made = slots.make_slot(secret, self._root_key, self.store_id, label=label, created=created)
+        self._set_slots([*self.header.slots, made])
+        return made
+
+    def remove_slot(self, slot_id: str) -> slots.Slot:
+        """Remove a slot and return it; it takes effect once the keyring is written.
+
+        Older copies of the keyring still open with it: it does not answer a secret that leaked together with a backup.
+
+        Raises:
+            KeyringError: There is none of this id, or no other slot is left that this release can open.
+        """
+        removed = next((slot for slot in self.header.slots if slot.id == slot_id), None)
+        if removed is None:
+            raise KeyringError(f"the keyring has no slot {slot_id}")
+        self._set_slots([slot for slot in self.header.slots if slot is not removed])
+        return removed
+
+    def test_slot(self, secret: slots.Secret) -> slots.Slot:
+        """Return the slot that a secret opens.
+
+        Raises:
+            UnlockError: None does.
+            CredentialError: The credential is not here.
+            TokenError: The token is not here or fails, or it is not clear for which token the PIN is.
+        """
+        slot, root_key = next(slots.opening(self.header.slots, secret, self.store_id))
+        same = bytes_eq(bytes(root_key), bytes(self._root_key))
+        _zero(root_key)
+        if not same:
+            raise slots.UnlockError
+        return slot
+
+    def reroot(self, secrets: Sequence[slots.Secret], remove: Collection[str] = ()) -> None:
+        """Put a new root key under all slots; it takes effect once the keyring is written, and then as a whole.
+
+        Each slot gets a new id and parameters: with the old ones, a slot key that leaked would open the new one, too.
+
+        Args:
+            secrets: They must open every slot that stays.
+            remove: Ids of the slots that are removed instead.
+
+        Raises:
+            UnlockError: One of the secrets opens no slot.
+            KeyringError: The secret of a slot is missing, an id is not a slot's, or no slot would be left.
+            CredentialError: A credential is not here.
+            TokenError: A token is not here or fails. In each case nothing was changed.
+        """
+        unknown = set(remove) - {slot.id for slot in self.header.slots}
+        if unknown:
+            raise KeyringError(f"the keyring has no slot {min(unknown)}")
+        left = [slot for slot in self.header.slots if slot.id not in remove]
+        opened_by = self._opened_by(secrets)
+        missing = [f"{slot.label!r} ({slot.type}, {slot.id})" for slot in left if slot.id not in opened_by]
+        if missing:
+            raise KeyringError(
+                "a new root key needs the secret of every slot that stays; give or remove: " + ", ".join(missing)
+            )
+        root_key = new_key()
+        try:
+            self._set_slots([slots.renew_slot(slot, opened_by[slot.id], root_key, self.store_id) for slot in left])
+            self._root_key[:] = root_key
+        finally:
+            _zero(root_key)
+
+    def _opened_by(self, secrets: Sequence[slots.Secret]) -> dict[str, slots.Secret]:
+        found = {}
+        for secret in secrets:
+            for slot, root_key in slots.opening(self.header.slots, secret, self.store_id):
+                if bytes_eq(bytes(root_key), bytes(self._root_key)):
+                    found[slot.id] = secret
+                _zero(root_key)
+        return found
+
+    def _set_slots(self, new: list[slots.Slot]) -> None:
+        if not any(slots.is_known(slot) for slot in new):
+            raise KeyringError("the last slot cannot be removed: nothing would open the store; add another one first")
+        header = msgspec.structs.replace(self.header, slots=new)
+        # The generation grows, in decimal digits.
+        if len(encoding.canonical(header)) > _HEADER_LIMIT - 20:
+            raise KeyringError("the keyring has no room for another slot: remove one, or take a shorter label")
+        self.header.slots = new
+
+    def _record(self, number: int) -> VersionRecord:
+        record = next((r for r in self.body.versions if r.version == number), None)
+        if record is None:
+            raise UnknownVersionError(f"the keyring has no key version {number}")
+        return record
+
+    def kept(self) -> tuple[list[slots.Slot], int, bytearray]:
+        """Return slots, generation and root key as they are, for ``restore`` when a change cannot be written."""
+        return list(self.header.slots), self.header.generation, bytearray(self._root_key)
+
+    def restore(self, before: tuple[list[slots.Slot], int, bytearray]) -> None:
+        """Go back to what ``kept`` returned: the file was not replaced, and memory must say the same."""
+        self.header.slots, self.header.generation = before[0], before[1]
+        self._root_key[:] = before[2]
+        _zero(before[2])
 
     def encode(self) -> bytes:
         """Return the file's content."""
@@ -147,10 +303,12 @@ class Keyring:
         for version in self._versions.values():
             version.forget()
         self._versions.clear()
-        self._root_key[:] = bytes(len(self._root_key))
+        _zero(self._root_key)
 
 
-def new_keyring(secrets_and_labels: list[tuple[slots.Secret, str]], anchors: Anchors, created: str) -> Keyring:
+def new_keyring(
+    secrets_and_labels: list[tuple[slots.Secret, str]], anchors: Anchors | AnchorSet, created: str
+) -> Keyring:
     """Return a keyring for a new store: lasting secrets, version 1 and a slot for each secret. Not yet written."""
     seed = bytes(new_key())
     signing_key = Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
@@ -205,13 +363,15 @@ def read_header(path: Path) -> Header:
     return parse(_read(path))[0]
 
 
-def unlock(path: Path, secret: slots.Secret, anchors: Anchors, *, older: bool = False) -> Keyring:
+def unlock(path: Path, secret: slots.Secret, anchors: Anchors | AnchorSet, *, older: bool = False) -> Keyring:
     """Open a keyring file; one of an older format only where ``older`` says so, to upgrade it.
 
     Raises:
         UnlockError: No slot opens with this secret.
         KeyringError: The file is damaged, or older than one seen before.
         AnchorError: The anchors folder is missing or another store's.
+        CredentialError: The credential is not here.
+        TokenError: The token is not here or fails, or it is not clear for which token the PIN is.
     """
     header, raw, sealed = parse(_read(path))
     if header.format < FORMAT and not older:
@@ -246,3 +406,12 @@ def _bound_to(header: Header, raw: bytes) -> bytes:
     digest = Hash(SHA256())
     digest.update(raw)
     return context("keyring", bytes.fromhex(header.store_id), u64(header.generation), digest.finalize())
+
+
+def opened_root(ring: Keyring, number: int) -> bytes:
+    """Return V_v of a version, for a recovery export; raises what ``Keyring.version`` raises."""
+    return bytes(ring.version(number)._root)
+
+
+def _zero(key: bytearray) -> None:
+    key[:] = bytes(len(key))

@@ -163,11 +163,14 @@ class Chain:
             return head
 
     def _write(self, content: bytes) -> None:
-        begins = self._file is None or self._size >= self._file_bytes
-        if self._file is None or begins:
-            self._file, self._size = self._folder / f"{self.head.number + 1:016}.log", 0
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if begins else 0)
-        descriptor = os.open(self._file, flags, 0o600)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        if self._file is None or self._size >= self._file_bytes:
+            file = self._folder / f"{self.head.number + 1:016}.log"
+            descriptor = os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            # Known only now: a disk without room for a name is asked again at the next append.
+            self._file, self._size = file, 0
+        else:
+            descriptor = os.open(self._file, flags)
         try:
             if os.fstat(descriptor).st_size != self._size:
                 raise AuditError(f"somebody else changed {self._file.name} of the audit chain")
@@ -176,7 +179,8 @@ class Chain:
                 while view:
                     view = view[os.write(descriptor, view) :]
                 os.fdatasync(descriptor)
-                if begins:
+                # Also where an earlier try made the file and failed then.
+                if not self._size:
                     encoding.sync_folder(self._folder)
             except OSError:
                 self._back(descriptor)

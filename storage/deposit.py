@@ -17,10 +17,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from keys import signed
+from keys.signed import SignedError
 from keys.versions import DepositKey, SignatureError, read_deposit_key
 from storage.direct import Buffer, Buffers
 from storage.openpack import OpenPack, Record, Spare
 
+# In ``public/``, and what its signature is labelled with.
+FENCE = "fence"
 _PUBLISHED = re.compile(r"deposit-([1-9][0-9]{0,8})\.key", re.ASCII)
 # Threads that write for records longer than a buffer's half; a short object needs none.
 _WRITERS = 4
@@ -88,6 +92,32 @@ class PublishedKeys:
             raise DepositError(f"the folder of deposit keys cannot be read: {error.strerror}") from error
 
 
+class Fence:
+    """The packs that the vault told gates to let go, in ``public/fence``: their study is being erased."""
+
+    def __init__(self, folder: Path, signing_key: bytes) -> None:
+        self._path = folder / FENCE
+        self._signing_key = signing_key
+        self._seen = (0, 0)
+        self.packs: frozenset[str] = frozenset()
+
+    def look(self) -> None:
+        """Read it again if it changed; one that this store did not sign changes nothing."""
+        try:
+            found = self._path.stat()
+            # Of two that came within a tick of the clock, only the files differ.
+            stamp = (found.st_mtime_ns, found.st_ino)
+            if stamp == self._seen:
+                return
+            content = self._path.read_bytes()
+        except OSError:
+            # It is not there, or cannot be read now: at the next look, perhaps.
+            return
+        with contextlib.suppress(SignedError):
+            self.packs = frozenset(signed.read(FENCE, content, self._signing_key)["packs"])
+        self._seen = stamp
+
+
 class Deposits:
     """The open packs of a gate worker, leased to one association at a time. Safe to use from many threads."""
 
@@ -101,6 +131,7 @@ class Deposits:
         idle_seconds: float,
         open_per_peer: int,
         spare_bytes: int = 0,
+        fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._incoming = incoming
@@ -109,6 +140,7 @@ class Deposits:
         self._size_limit = size_limit
         self._idle_seconds = idle_seconds
         self._open_per_peer = open_per_peer
+        self._fence = fence
         self._clock = clock
         self._lock = threading.Lock()
         self._free: list[OpenPack] = []
@@ -182,7 +214,8 @@ class Deposits:
         leased.used_at = self._clock()
         with self._lock:
             self._under_way -= 1
-        if leased.broken or leased.end >= self._size_limit or leased.records >= _RECORDS:
+        full = leased.end >= self._size_limit or leased.records >= _RECORDS
+        if leased.broken or full or self._is_fenced(leased):
             self._close_pack(leased)
             return
         with self._lock:
@@ -198,7 +231,12 @@ class Deposits:
         """Close the packs that nothing was added to for a while, and those of an older key version."""
         version = self._keys.current().version
         latest = self._clock() - self._idle_seconds
-        self._close(lambda p: p.used_at <= latest or p.version != version)
+        if self._fence is not None:
+            self._fence.look()
+        self._close(lambda p: p.used_at <= latest or p.version != version or self._is_fenced(p))
+
+    def _is_fenced(self, pack: OpenPack) -> bool:
+        return self._fence is not None and pack.name in self._fence.packs
 
     def close_all(self) -> None:
         """Close every pack that is free, and remove what was prepared."""

@@ -7,6 +7,7 @@ Source: docs/format.md, section 2.4.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
@@ -56,13 +57,19 @@ def deposit(folder: Path, store_id: bytes, keys: Keys, content: bytes) -> None:
             encoding.sync_folder(folder)
     except BaseException:
         making.unlink(missing_ok=True)
+        making.with_suffix(SUFFIX).unlink(missing_ok=True)
         raise
 
 
 def found(folder: Path) -> list[Path]:
     """Return the files of events in a folder, the oldest first."""
+    mine = []
     with os.scandir(folder) as entries:
-        mine = [(e.stat(follow_symlinks=False).st_mtime_ns, e.path) for e in entries if e.name.endswith(SUFFIX)]
+        for entry in entries:
+            if entry.name.endswith(SUFFIX):
+                # Whoever writes the folder could remove it again in this moment.
+                with contextlib.suppress(FileNotFoundError):
+                    mine.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path))
     return [Path(path) for _, path in sorted(mine)]
 
 
@@ -79,6 +86,9 @@ def read(path: Path, store_id: bytes, version: Callable[[int], Version], owner: 
         EventsError: It is malformed, another's, or does not open.
         OSError: It cannot be read.
     """
+    # Before it is opened: an open of a link or a socket fails each time, as a disk does that may answer later.
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise EventsError("it is no regular file")
     with direct.opened(path) as descriptor:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode) or about.st_uid != owner or about.st_size > _FILE_LIMIT:

@@ -17,7 +17,7 @@ from storage.attributes import Attributes
 from storage.pack import Frame
 from storage.packfile import Record
 from storage.search import NAMES, Filters, fold, statement
-from storage.sqlite import Database, Migrations, connect, transaction
+from storage.sqlite import Database, Migrations, connect, copy, transaction
 
 # Column of the index, tag of the data set.
 _STUDY = {
@@ -139,6 +139,10 @@ class Index:
         self._db = connect(path, key)
         if migrate:
             _MIGRATIONS.apply(self._db)
+
+    def copy(self, path: Path, key: tuple[bytes, bytes]) -> None:
+        """Copy the index to another file under another key."""
+        copy(self._db, path, key)
 
     def close(self) -> None:
         """Close the database."""
@@ -291,6 +295,15 @@ class Index:
             )
             self._db.execute("DELETE FROM instance WHERE pack = ? AND offset = ?", [pack_id, offset])
             return bool(cursor.rowcount)
+
+    def packs_of(self, study: str) -> list[str]:
+        """Return the packs of a study, those that wait included."""
+        rows = self._db.execute("SELECT id FROM pack WHERE study = ? ORDER BY id", [study])
+        return [str(row[0]) for row in rows]
+
+    def forget(self) -> None:
+        """Write what was changed into the file, so that the log in front of it holds nothing old."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def archived_packs(self) -> set[str]:
         """Return the packs that are known to lie in the archive."""

@@ -5,7 +5,10 @@ Source: docs/format.md, section 3.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -105,10 +108,60 @@ class KeysDatabase:
     def find(self, pack_id: str) -> StudyKeyRecord | None:
         """Return a pack's record, or None."""
         row = self._db.execute("SELECT * FROM study_key WHERE pack_id = ?", [pack_id]).fetchone()
-        if row is None:
-            return None
-        place = StudyKeyPlace(bytes.fromhex(row[0]), bytes.fromhex(row[1]), row[4], row[5], row[6], row[7])
-        return StudyKeyRecord(place, row[2], row[3])
+        return None if row is None else _record(row)
+
+    def records(self, *, after: str = "", not_version: int = 0, limit: int = -1) -> list[StudyKeyRecord]:
+        """Return records in the order of their packs' names.
+
+        Args:
+            after: Only those behind this name.
+            not_version: Only those that are wrapped under another version; 0 for all.
+            limit: At most so many.
+        """
+        rows = self._db.execute(
+            "SELECT * FROM study_key WHERE pack_id > ? AND version <> ? ORDER BY pack_id LIMIT ?",
+            [after, not_version, limit],
+        )
+        return [_record(row) for row in rows]
+
+    def of_study(self, tag: bytes) -> list[StudyKeyRecord]:
+        """Return the records of a study, by its keyed tag."""
+        return [_record(row) for row in self._db.execute("SELECT * FROM study_key WHERE study_tag = ?", [tag])]
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read one state of the records meanwhile, whatever others change. Not to be changed by this connection."""
+        self._db.conn.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.conn.execute("ROLLBACK")
+
+    def versions(self) -> dict[int, int]:
+        """Return how many records are wrapped under each version."""
+        return dict(self._db.execute("SELECT version, count(*) FROM study_key GROUP BY version").fetchall())
+
+    def rewrap(self, changes: list[tuple[StudyKeyRecord, int, bytes]]) -> int:
+        """Replace sealed keys by others of another version, all in one transaction; return how many.
+
+        A record that somebody changed or removed meanwhile stays as it is: the next look finds it again, or not.
+
+        Args:
+            changes: The record as it was read, the new version, the key sealed under it.
+        """
+        with transaction(self._db):
+            done = [
+                self._db.execute(
+                    "UPDATE study_key SET version = ?, sealed = ? WHERE pack_id = ? AND version = ? AND sealed = ?",
+                    [version, sealed, record.pack_id, record.version, record.sealed],
+                ).rowcount
+                for record, version, sealed in changes
+            ]
+        return sum(done)
+
+    def forget(self) -> None:
+        """Write what was changed into the file, so that the log in front of it holds nothing old."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def packs(self) -> list[str]:
         """Return the packs that have a record, in the order of their admission."""
@@ -117,3 +170,8 @@ class KeysDatabase:
     def count(self) -> int:
         """Return how many packs have a record."""
         return int(self._db.execute("SELECT count(*) FROM study_key").fetchone()[0])
+
+
+def _record(row: Any) -> StudyKeyRecord:
+    place = StudyKeyPlace(bytes.fromhex(row[0]), bytes.fromhex(row[1]), row[4], row[5], row[6], row[7])
+    return StudyKeyRecord(place, row[2], row[3])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from storage.sqlite import Database, Migrations, connect, transaction
+from storage.sqlite import Database, Migrations, connect, copy, transaction
 
 _MIGRATIONS = Migrations("ledger")
 
@@ -41,6 +41,77 @@ def _audit(db: Database) -> None:
     db.table("certificate_use").create(
         {"certificate": str, "title": str, "address": str, "last": str}, pk="certificate"
     )
+
+
+@_MIGRATIONS(name="3-rotation")
+def _rotation(db: Database) -> None:
+    db.table("rotation").create({"version": int, "content": str}, pk="version", strict=True)
+
+
+class Rotation(msgspec.Struct):
+    """A change of the key version; times are RFC 3339.
+
+    ``version`` is the new one, ``old`` the one before. ``sealed_off`` are the deposits under the old version that were
+    there when no worker could make another one; None before. ``proof`` is signed. ``waived`` says why a confirmation is
+    not waited for, by its kind (``export``, ``backup``).
+    """
+
+    version: int
+    old: int
+    uid: int
+    reason: str
+    begun: str
+    waived: dict[str, str] = msgspec.field(default_factory=dict)
+    sealed_off: list[str] | None = None
+    proof: str = ""
+    proved: str = ""
+    destroyed: str = ""
+
+
+@_MIGRATIONS(name="4-erasure")
+def _erasure(db: Database) -> None:
+    db.table("erasure").create({"id": str, "tag": bytes, "content": str}, pk="id", strict=True)
+    db.table("erasure").create_index(["tag"])
+
+
+class Erasure(msgspec.Struct):
+    """The erasure of a study, and what is left of it: a keyed hash; times are RFC 3339.
+
+    ``packs`` are the packs that it concerns, ``fenced`` those of them that gates were told to let go. ``versions`` are
+    the key versions that may have wrapped a key of the study; ``erased`` is empty until all is done here, ``final``
+    until none of these versions can be opened by anybody.
+    """
+
+    id: str
+    tag: bytes
+    uid: int
+    reason: str
+    begun: str
+    packs: list[str] = msgspec.field(default_factory=list)
+    fenced: list[str] = msgspec.field(default_factory=list)
+    instances: int = 0
+    versions: list[int] = msgspec.field(default_factory=list)
+    erased: str = ""
+    final: str = ""
+
+
+@_MIGRATIONS(name="5-recovery")
+def _recovery(db: Database) -> None:
+    db.table("recovery_export").create({"id": str, "content": str}, pk="id", strict=True)
+
+
+class RecoveryExport(msgspec.Struct):
+    """A recovery export that was made: to which recovery key, which key versions it opens, what is known of it.
+
+    ``confirmed``: a copy off this machine was checked. ``retired``: its recovery key's shares are said to be destroyed.
+    """
+
+    id: str
+    recovery: str
+    created: str
+    versions: list[int]
+    confirmed: str = ""
+    retired: str = ""
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -133,3 +204,48 @@ class Ledger:
         """Return when each certificate was last used."""
         rows = self._db.execute("SELECT certificate, title, address, last FROM certificate_use ORDER BY title, last")
         return [CertificateUse(*row) for row in rows]
+
+    def rotations(self) -> list[Rotation]:
+        """Return all changes of the key version, the oldest first."""
+        rows = self._db.execute("SELECT content FROM rotation ORDER BY version")
+        return [msgspec.json.decode(row[0], type=Rotation) for row in rows]
+
+    def set_rotation(self, rotation: Rotation) -> None:
+        """Keep how far a change of the key version is."""
+        with transaction(self._db):
+            self._db.execute(
+                "INSERT OR REPLACE INTO rotation (version, content) VALUES (?, ?)",
+                [rotation.version, msgspec.json.encode(rotation).decode()],
+            )
+
+    def erasures(self) -> list[Erasure]:
+        """Return all erasures."""
+        rows = self._db.execute("SELECT content FROM erasure ORDER BY rowid")
+        return [msgspec.json.decode(row[0], type=Erasure) for row in rows]
+
+    def set_erasure(self, erasure: Erasure) -> None:
+        """Keep how far an erasure is."""
+        with transaction(self._db):
+            self._db.execute(
+                "INSERT INTO erasure (id, tag, content) VALUES (?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET content = excluded.content",
+                [erasure.id, erasure.tag, msgspec.json.encode(erasure).decode()],
+            )
+
+    def exports(self) -> list[RecoveryExport]:
+        """Return all recovery exports that were made, the oldest first."""
+        rows = self._db.execute("SELECT content FROM recovery_export ORDER BY rowid")
+        return [msgspec.json.decode(row[0], type=RecoveryExport) for row in rows]
+
+    def set_export(self, made: RecoveryExport) -> None:
+        """Keep what is known of a recovery export."""
+        with transaction(self._db):
+            self._db.execute(
+                "INSERT INTO recovery_export (id, content) VALUES (?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET content = excluded.content",
+                [made.id, msgspec.json.encode(made).decode()],
+            )
+
+    def copy(self, path: Path, key: tuple[bytes, bytes]) -> None:
+        """Copy the ledger to another file under another key."""
+        copy(self._db, path, key)

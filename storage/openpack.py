@@ -70,6 +70,7 @@ class OpenPack:
     """A pack of one study that this process appends to; locked until it is closed."""
 
     def __init__(self, spare: Spare, store_id: bytes, study: str, peer: str, keys: Keys) -> None:
+        self.name = spare.path.name
         self.study = study
         self.peer = peer
         self.used_at = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,9 @@ sys.modules.setdefault("pysqlite3.dbapi2", sqlcipher3.dbapi2)
 from sqlite_utils import Database  # noqa: E402
 from sqlite_utils.migrations import Migrations  # noqa: E402
 
-__all__ = ["Database", "DatabaseError", "Migrations", "connect", "transaction"]
+from keys import encoding  # noqa: E402
+
+__all__ = ["Database", "DatabaseError", "Migrations", "connect", "copy", "remove", "transaction"]
 
 DatabaseError: type[Exception] = sqlcipher3.DatabaseError
 
@@ -49,6 +52,37 @@ def connect(path: Path, key: tuple[bytes, bytes] | None = None) -> Database:
         connection.close()
         raise
     return Database(connection)
+
+
+def copy(source: Database, path: Path, key: tuple[bytes, bytes]) -> None:
+    """Copy a database to another file under another key, durably: whole under its name, or not there.
+
+    Raises:
+        DatabaseError, OSError: The disk refused it.
+    """
+    making = path.with_name(f"{path.name}.new")
+    for leftover in (making, *(making.with_name(making.name + end) for end in ("-wal", "-shm"))):
+        leftover.unlink(missing_ok=True)
+    target = connect(making, key)
+    try:
+        source.conn.backup(target.conn)
+        target.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    finally:
+        target.conn.close()
+    os.chmod(making, 0o600)
+    descriptor = os.open(making, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(making, path)
+    encoding.sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a database with the files beside it."""
+    for end in ("", "-wal", "-shm"):
+        path.with_name(path.name + end).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import msgspec
 
 from storescp.errors import USAGE, StrongroomError
 
+_CREDENTIAL = "credential:"
 SEARCH = ("strongroom.toml", "/etc/strongroom/strongroom.toml")
 
 
@@ -77,6 +78,12 @@ class Gate(msgspec.Struct, kw_only=True):
         return self.workers or len(os.sched_getaffinity(0))
 
 
+class Keys(msgspec.Struct, kw_only=True):
+    """Key versions."""
+
+    destroy_after_days: int = 7
+
+
 class Control(msgspec.Struct, kw_only=True):
     """The vault's own socket."""
 
@@ -96,6 +103,7 @@ class Settings(msgspec.Struct, kw_only=True):
     store: Store
     unlock: Unlock = msgspec.field(default_factory=Unlock)
     gate: Gate = msgspec.field(default_factory=Gate)
+    keys: Keys = msgspec.field(default_factory=Keys)
     control: Control = msgspec.field(default_factory=Control)
     log: Log = msgspec.field(default_factory=Log)
 
@@ -111,7 +119,7 @@ EXPLAINED = {
     "C-STORE is answered A700 before. Admission may use three quarters of it; the rest is left for erasures.",
     "unlock": "How the vault unlocks by itself when it starts. Without it, receiving works all the same\n"
     "and the vault waits for 'strongroom unlock'.",
-    "unlock.key_file": "A key file that a slot of the keyring opens with.\n"
+    "unlock.key_file": "A key file that a slot of the keyring opens with, or 'credential:NAME', a systemd credential.\n"
     "Whoever has it and the disks can read the store: keep it apart.",
     "gate": "The DICOM listener: TLS with client certificates only, and only peers with a file in peers.d.",
     "gate.user": "The gate's own user, where it runs as another one than the vault: the vault then takes\n"
@@ -142,6 +150,9 @@ EXPLAINED = {
     "is better (docs/admin.md). Each has its address, the reason, and the addresses and peers that it is for:\n"
     'plaintext = [{ listen = "10.0.0.5:11112", plaintext = "behind the VPN of CT3", addresses = ["10.1.2.3"],\n'
     '               peers = ["CT3"] }]',
+    "keys": "Key versions: 'strongroom keys rotate' makes a new one.",
+    "keys.destroy_after_days": "How long the anchor of an old version stays after a rotation is proved and confirmed.\n"
+    "Until then a backup made before the rotation still opens; after it, none ever does.",
     "control": "The Unix socket on which this command line talks to the vault.",
     "control.socket": "Its path, at most 100 characters.",
     "log": "The log goes to standard error; journald or the supervisor keeps it.",
@@ -176,7 +187,11 @@ class Config:
         self.trust = [self._path(p) for p in settings.gate.trust]
         self.crls = [self._path(p) for p in settings.gate.crls]
         self.socket = self._path(settings.control.socket)
-        self.key_file = self._path(settings.unlock.key_file) if settings.unlock.key_file else None
+        named = settings.unlock.key_file
+        self.credential = named.removeprefix(_CREDENTIAL) if named.startswith(_CREDENTIAL) else ""
+        for listener in settings.gate.plaintext:
+            listener.peers = [title.strip(" ") for title in listener.peers]
+        self.key_file = self._path(named) if named and not self.credential else None
         self.signing_key = base64.b64decode(settings.store.signing_key.removeprefix("ed25519:"))
 
     def ledger(self, version: int) -> Path:
@@ -340,15 +355,18 @@ def _check(settings: Settings) -> list[str]:
         ("packs_per_peer", 1, 1000),
         ("spare_bytes", 0, 1 << 34),
     ):
-        if not low <= getattr(gate, name) <= high:
-            errors.append(f"gate.{name}: must be from {low} to {high}")
-    if not 1 << 20 <= settings.store.reserve_bytes <= 1 << 50:
-        errors.append("store.reserve_bytes: must be from 1048576 to 1125899906842624")
+        errors += _out_of_bounds(f"gate.{name}", getattr(gate, name), low, high)
+    errors += _out_of_bounds("store.reserve_bytes", settings.store.reserve_bytes, 1 << 20, 1 << 50)
+    errors += _out_of_bounds("keys.destroy_after_days", settings.keys.destroy_after_days, 0, 3650)
     if settings.log.format not in {"text", "json"}:
         errors.append("log.format: must be text or json")
     if settings.log.level not in {"debug", "info", "warning", "error"}:
         errors.append("log.level: must be debug, info, warning or error")
     return errors
+
+
+def _out_of_bounds(key: str, value: int, low: int, high: int) -> list[str]:
+    return [] if low <= value <= high else [f"{key}: must be from {low} to {high}"]
 
 
 def _check_plaintext(gate: Gate) -> list[str]:

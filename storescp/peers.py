@@ -204,7 +204,7 @@ def parse(content: str, file: Path) -> Peer:
         certificates=tuple(parsed.certificates),
         fingerprints=prints,
         keys=frozenset(parsed.keys),
-        names=frozenset(parsed.names),
+        names=frozenset(_normal(name) for name in parsed.names),
         authority=parsed.authority,
         plaintext=parsed.plaintext,
         networks=tuple(network(text) for text in parsed.addresses),
@@ -314,7 +314,7 @@ def alternative_names(certificate: x509.Certificate) -> frozenset[str]:
     """Return a certificate's alternative names as peer files write them, DNS names in lower case."""
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
         return frozenset()
     names = set()
     for entry in extension.value:
@@ -328,6 +328,24 @@ def alternative_names(certificate: x509.Certificate) -> frozenset[str]:
             case x509.RFC822Name():
                 names.add(f"email:{entry.value}")
     return frozenset(names)
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return bool(_NAME.fullmatch(name)) and (
+            not name.startswith("ip:") or ipaddress.ip_address(name[3:]) is not None
+        )
+    except ValueError:
+        return False
+
+
+def _normal(name: str) -> str:
+    """Return a name as ``alternative_names`` has it."""
+    kind, _, value = name.partition(":")
+    if kind == "ip":
+        with contextlib.suppress(ValueError):
+            return f"ip:{ipaddress.ip_address(value)}"
+    return f"{kind}:{value.lower()}" if kind == "dns" else name
 
 
 def file_name(ae_title: str) -> str:

@@ -659,7 +659,10 @@ def not_accepted(server: Server, abstract_syntax: str) -> list[tuple[str, int]]:
 
 def packs(server: Server) -> Collection[Path]:
     return [
-        file for folder in (server.store / "objects", server.incoming) for file in folder.rglob("*") if file.is_file()
+        file
+        for folder in (server.store / "objects", server.incoming)
+        for file in folder.rglob("*")
+        if file.is_file() and not file.suffix
     ]
 
 

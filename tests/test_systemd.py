@@ -14,12 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import START_SECONDS, Server, send
 from pydicom.data import get_testdata_file
+
+from storescp.gate.journal import TRACE
 
 HERE = Path(__file__).parent
 SYSTEMD = HERE.parent / "systemd"
@@ -254,7 +257,7 @@ class Machine:
             text=True,
         )
         self.pid = 0
-        self.root = Path("/nowhere")
+        self.root = folder
 
     def boot(self) -> None:
         """Wait until systemd takes commands."""
@@ -389,6 +392,18 @@ def test_the_guide_installs_two_services_that_receive_admit_and_give_back(machin
     machine.strongroom("verify")
     machine.strongroom("lock")
     machine.strongroom("unlock", "--key-file", "/etc/strongroom/store.key")
+    machine.run("systemctl", "reload", "strongroom-gate")
+    machine.wait(lambda: "peers and certificates read" in machine.logs(), "the gate does not reload")
+
+
+@real
+def test_what_the_gate_tells_a_test_of_a_peer_gets_out_of_the_sandbox(machine: Machine) -> None:
+    socket = machine.root / "var/spool/strongroom/public" / TRACE
+    with ThreadPoolExecutor(1) as pool:
+        test = pool.submit(machine.strongroom, "peer", "test", "CT1")
+        machine.wait(socket.exists, "nobody listens")
+        assert machine.send(CT) == [0]
+        assert "association requested by 'CT1'" in test.result(START_SECONDS)
 
 
 @real
@@ -437,6 +452,23 @@ def test_the_limit_of_the_units_lets_the_services_lock_their_memory(machine: Mac
     for unit in UNITS:
         memory = memory_of(machine.main(unit))
         assert (memory["VmLck"] >= memory["VmRSS"] // 2) == may
+
+
+@real
+def test_the_filter_of_system_calls_lets_the_services_lock_their_memory(machine: Machine) -> None:
+    # With the capability no limit counts: this shows the filter also where systemd cannot raise the limit.
+    for unit in UNITS:
+        drop_in = machine.root / f"etc/systemd/system/strongroom-{unit}.service.d/lock.conf"
+        try:
+            drop_in.write_text(
+                "[Service]\nCapabilityBoundingSet=CAP_IPC_LOCK\nAmbientCapabilities=CAP_IPC_LOCK\nPrivateUsers=no\n"
+            )
+            restart(machine, unit)
+            memory = memory_of(machine.main(unit))
+            assert memory["VmLck"] >= memory["VmRSS"] // 2 > 0, unit
+        finally:
+            drop_in.unlink()
+            restart(machine, unit)
 
 
 @real

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +14,17 @@ import click
 
 from keys.versions import store_id_of
 from storage import audit
-from storage.audit import Head
+from storage.audit import Head, Verified
 from storescp.cli import output
 from storescp.cli.session import config_of, vault
 from storescp.config import Config
+from storescp.control import Client
 from storescp.errors import FINDINGS, NOTHING, StrongroomError
 from storescp.log import escape
 
 _OWN = {"number", "time", "type"}
+_HEAD = re.compile(r"(0|[1-9][0-9]{0,15}):([0-9a-f]{64})", re.ASCII)
+_APPEND_SECONDS = 0.1
 
 
 @click.group("audit")
@@ -75,13 +82,9 @@ def verify(given: str | None, /, folder: Path | None, head: str | None, as_json:
     Exit status: 0 whole, 1 cannot be read, 6 the chain is broken: the first broken record is named.
     """
     config = config_of(given)
-    # Asked before the chain is read: what the vault wrote until then must be in it.
-    written = None if folder else _written(config)
-    known = _head(head) if head else written
+    kept = _head(head) if head is not None else None
     try:
-        found = audit.verify(
-            folder or config.store_path / "audit", store_id_of(config.signing_key), config.signing_key, known=known
-        )
+        found = _checked(config, folder, kept)
     except OSError as error:
         raise StrongroomError(
             f"the audit chain cannot be read: {error}", hint="run this as root, or as the user that the vault runs as"
@@ -129,26 +132,46 @@ def restart(given: str | None, /, reason: str) -> None:
     click.echo(f"the old chain is {aside}; keep it. A new one began")
 
 
+def _checked(config: Config, folder: Path | None, kept: Head | None) -> Verified:
+    for last in (False, False, True):
+        # Asked before the chain is read: what the vault wrote until then must be in it.
+        written = None if folder else _written(config)
+        found = audit.verify(
+            folder or config.store_path / "audit", store_id_of(config.signing_key), config.signing_key, known=written
+        )
+        # A running vault may be in the middle of an append, of which half a line is there for a moment.
+        if not found.fault or written is None or last:
+            break
+        time.sleep(_APPEND_SECONDS)
+    if kept is None or found.fault:
+        return found
+    return audit.verify(
+        folder or config.store_path / "audit", store_id_of(config.signing_key), config.signing_key, known=kept
+    )
+
+
 def _written(config: Config) -> Head | None:
-    """Return the head that the running vault wrote last; None where none runs that can be asked."""
-    if not config.socket.exists():
-        return None
+    """Return the head that the running vault wrote last; None where none runs that can be asked.
+
+    None is started for this: it would write to what is to be checked.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client = Client(connection)
     try:
-        with vault(config, unlocked=False) as client:
-            head = client.json("GET", "/v1/audit")["head"]
-    except StrongroomError:
+        connection.connect(os.fspath(config.socket))
+        head = client.json("GET", "/v1/audit")["head"]
+    except (OSError, StrongroomError):
         return None
+    finally:
+        client.close()
     return Head(head["number"], bytes.fromhex(head["hash"])) if head else None
 
 
 def _head(text: str) -> Head:
-    number, _, digest = text.partition(":")
-    try:
-        if len(digest) != 64:
-            raise ValueError
-        return Head(int(number), bytes.fromhex(digest))
-    except ValueError as error:
-        raise click.BadParameter(f"'{text}' is no head: NUMBER:HASH, as 'audit verify' prints it") from error
+    found = _HEAD.fullmatch(text)
+    if found is None:
+        raise click.BadParameter(f"'{text}' is no head: NUMBER:HASH, as 'audit verify' prints it")
+    return Head(int(found[1]), bytes.fromhex(found[2]))
 
 
 def _lines(record: dict[str, Any]) -> list[str]:

@@ -187,7 +187,7 @@ def renew(
         elif folder is not None:
             wanted.certificates.append(_issue(client, config, peer.ae_title, folder, days, host))
         else:
-            wanted.certificates.append(_bound(certificate or Path()))
+            wanted.certificates.append(_another(_bound(certificate or Path()), peer))
         _check(wanted, peer.file)
         _record(client, "peer-renewed" if finish else "peer-renewing", peer.ae_title)
         encoding.replace(peer.file, peers.render(wanted).encode(), mode=0o644)
@@ -306,6 +306,12 @@ def _bound(file: Path) -> str:
     except (OSError, ValueError) as error:
         raise StrongroomError(f"{file} is no certificate in PEM: {error}") from error
     return loaded[0].public_bytes(Encoding.PEM).decode()
+
+
+def _another(pem: str, peer: Peer) -> str:
+    if peers.fingerprint(pem) in peer.fingerprints:
+        raise StrongroomError(f"this certificate is bound to {peer.ae_title} already", hint="name the device's new one")
+    return pem
 
 
 def _check(wanted: PeerFile, file: Path) -> None:

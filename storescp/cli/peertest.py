@@ -12,6 +12,7 @@ import pwd
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import msgspec
@@ -30,6 +31,7 @@ _HINTS = (
     ("sent no certificate", "install the device's key and certificate; the sheet of 'peer add --issue' names them"),
     ("does not know the authority", "install ca.pem of 'peer add --issue' at the device as a trusted authority"),
     ("does not accept this server's certificate", "install ca.pem at the device, and connect by a name that it holds"),
+    ("revocation list", "put its authority's current list in place; the gate takes it up by itself"),
     ("has expired", "'strongroom peer renew {title} --issue FOLDER' issues a new one"),
     ("not one of the peer", "bind it: 'strongroom peer renew {title} --certificate FILE', or install the issued one"),
     (
@@ -39,7 +41,15 @@ _HINTS = (
     ("called AE title", "set the called AE title {called} at the device"),
     ("from this address", "add the address in {file}"),
     ("revoked", "issue a new one: 'strongroom peer renew {title} --issue FOLDER'"),
+    ("in no peer file", "bind it: 'strongroom peer renew {title} --certificate FILE', or install the issued one"),
+    ("its authority is not in gate.trust", "add the authority's certificate to gate.trust in the configuration"),
+    ("speaks HTTP", "set the device up for DICOM over TLS; a browser or a web gateway cannot connect here"),
+    ("may not come without TLS", "switch TLS on at the device, or allow it: plaintext in {file} and gate.plaintext"),
+    ("associations already", "end some at the device, or raise maximum_associations in {file}"),
+    ("before an association was requested", "the device shakes hands and asks for nothing: its own log says why"),
 )
+# How an association ends at a device that works; a server of ours that stops, or a broken protocol, is none.
+_BY_PEER = ("aborted by the peer", "closed by the peer without a release")
 
 
 class Step(msgspec.Struct):
@@ -53,6 +63,8 @@ class Step(msgspec.Struct):
     cipher: str = ""
     certificate: str = ""
     key: str = ""
+    names: list[str] = msgspec.field(default_factory=list)
+    authorities: list[str] = msgspec.field(default_factory=list)
     expires: str = ""
     calling: str = ""
     called: str = ""
@@ -63,6 +75,10 @@ class Step(msgspec.Struct):
     stored: int = 0
     refused: int = 0
     reasons: dict[str, int] = msgspec.field(default_factory=dict)
+
+    def proof(self) -> peers.Proof:
+        """Return what a handshake proved."""
+        return peers.Proof(self.certificate, self.key, frozenset(self.names), frozenset(self.authorities))
 
 
 def watch(config: Config, title: str, seconds: int, as_json: bool) -> int:
@@ -86,7 +102,7 @@ def watch(config: Config, title: str, seconds: int, as_json: bool) -> int:
                 click.echo(msgspec.json.encode(step).decode())
             else:
                 click.echo(f"[{step.connection}] {_in_words(step, peer)}")
-            result = _result(so_far, peer)
+            result = _result(so_far, peer, config.settings.gate.ae_title)
             if result is not None:
                 if not as_json:
                     click.echo(result[1])
@@ -98,7 +114,7 @@ def watch(config: Config, title: str, seconds: int, as_json: bool) -> int:
 def _before(config: Config, peer: Peer) -> Iterator[str]:
     gate = config.settings.gate
     yield f"peer {peer.ae_title}: {peer.file}"
-    yield f"  the device must call AE title {gate.ae_title} at {' or '.join(gate.listen)} as {peer.ae_title}"
+    yield f"  the device must call AE title {gate.ae_title} at {' or '.join(_ports(config, peer))} as {peer.ae_title}"
     if all(address.startswith(("127.", "[::1]")) for address in gate.listen):
         yield "  NOTE: the gate listens on this machine alone; gate.listen in the configuration opens an address"
     for pem in peer.certificates:
@@ -109,9 +125,17 @@ def _before(config: Config, peer: Peer) -> Iterator[str]:
         yield f"  from {', '.join(str(net) for net in peer.networks)}"
 
 
+def _ports(config: Config, peer: Peer) -> list[str]:
+    """Return where a peer may connect."""
+    open_for = [p for p in config.settings.gate.plaintext if peer.plaintext and peer.ae_title in p.peers]
+    return [*config.settings.gate.listen, *(f"{p.listen} (without TLS)" for p in open_for)]
+
+
 @contextlib.contextmanager
 def _listening(config: Config) -> Iterator[socket.socket]:
     path = config.public / TRACE
+    if _is_heard(path):
+        raise StrongroomError("another 'peer test' is under way", hint="wait until it ends: steps go to one only")
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         path.unlink(missing_ok=True)
@@ -135,6 +159,17 @@ def _listening(config: Config) -> Iterator[socket.socket]:
         path.unlink(missing_ok=True)
 
 
+def _is_heard(path: Path) -> bool:
+    """Tell whether somebody listens there; one that was killed left its socket, and nobody does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            # Where more than that is wrong, making the socket says so.
+            return False
+        return True
+
+
 def _steps(listening: socket.socket, seconds: int) -> Iterator[Step]:
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
@@ -148,8 +183,7 @@ def _in_words(step: Step, peer: Peer) -> str:
         case "connected":
             return f"a connection from {escape(step.address)}{'' if step.tls else ', without TLS'}"
         case "handshake":
-            own = peers.Proof(step.certificate, step.key)
-            whose = " (bound to this peer)" if peer.holds(own) else ""
+            whose = " (bound to this peer)" if peer.holds(step.proof()) else ""
             return (
                 f"TLS handshake done: {escape(step.version)}, {escape(step.cipher)}, certificate "
                 f"{escape(step.certificate)}{whose}, valid until {escape(step.expires)}"
@@ -167,7 +201,7 @@ def _in_words(step: Step, peer: Peer) -> str:
             return escape(step.step)
 
 
-def _result(so_far: list[Step], peer: Peer) -> tuple[int, str] | None:
+def _result(so_far: list[Step], peer: Peer, called: str) -> tuple[int, str] | None:
     """Return exit status and words where a connection ended that is this peer's, or may be."""
     callings = [step.calling.strip() for step in so_far if step.step == "requested"]
     last = so_far[-1]
@@ -181,16 +215,18 @@ def _result(so_far: list[Step], peer: Peer) -> tuple[int, str] | None:
             return FAILED, "it connects, but nothing that it proposes is allowed: see operations and sop_classes"
         if last.refused:
             return FAILED, "it connects, and objects are refused; the gate's log says more"
+        if last.ending != "released" and not (last.stored and last.ending in _BY_PEER):
+            return FAILED, "it connects, and the association does not end by a release; the device's own log says why"
         return 0, f"peer {peer.ae_title} works"
     if last.step == "refused":
         hint = next((text for part, text in _HINTS if part in last.reason), "")
-        named = hint.format(title=peer.ae_title, called="as in gate.ae_title", file=peer.file)
+        named = hint.format(title=peer.ae_title, called=called, file=peer.file)
         return FAILED, f"it fails here; {named}" if named else "it fails here"
     return None
 
 
 def _has_certificate(so_far: list[Step], peer: Peer) -> bool:
-    return any(s.step == "handshake" and peer.holds(peers.Proof(s.certificate, s.key)) for s in so_far)
+    return any(s.step == "handshake" and peer.holds(s.proof()) for s in so_far)
 
 
 def _may_come_from(address: str, peer: Peer) -> bool:
@@ -204,7 +240,7 @@ def _may_come_from(address: str, peer: Peer) -> bool:
 def _nothing(config: Config, peer: Peer, seen: bool) -> str:
     if seen:
         return f"others connected, and {peer.ae_title} did not"
-    ports = ", ".join(config.settings.gate.listen)
+    ports = ", ".join(_ports(config, peer))
     return (
         f"nothing connected to {ports}: is the gate running, does the device have this address and port, "
         "and does a firewall stand between?"

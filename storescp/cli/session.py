@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from keys import slots
 from storescp.config import Config, load, locate
@@ -70,6 +71,10 @@ def secret_document(secret: slots.Secret) -> dict[str, Any]:
             return {"passphrase": text}
         case slots.KeyFile(secret=key):
             return {"key": key}
+        case slots.Credential(name=name):
+            return {"credential": name}
+        case slots.Token(pin=pin, place=place):
+            return {"pin": pin} | ({"place": msgspec.to_builtins(place)} if place else {})
 
 
 def ask_secret(key_file: Path | None, passphrase_file: Path | None) -> slots.Secret:

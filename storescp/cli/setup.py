@@ -23,7 +23,8 @@ Two things now exist once in the world:
   {anchors}   the anchors: without them the keyring's key versions do not open
 Lose either, or every way to unlock, and every study is lost, backups included. Back up the keyring with the store.
 Never back up the anchors: destroying one is what proves that a key version is gone.
-ONE FAILURE FROM TOTAL LOSS until a recovery export exists."""
+ONE FAILURE FROM TOTAL LOSS until a recovery export is confirmed off this machine ('strongroom recovery init') and
+there are two slots ('strongroom keys slot add')."""
 
 
 @click.command("init")

@@ -124,6 +124,7 @@ class Connections:
             self._step(connection, "refused", reason=str(refused))
         except OSError as error:
             log.warning("connection from %s broke off: %s", connection.address, type(error).__name__)
+            self._journal.refused(connection.address, f"it broke off: {type(error).__name__}")
             self._step(connection, "refused", reason=f"it broke off: {type(error).__name__}")
         except Exception:
             log.exception("connection from %s ended by an error of ours", connection.address)
@@ -158,6 +159,8 @@ class Connections:
             cipher=cipher[0] if cipher else "",
             certificate=proof.fingerprint,
             key=proof.key,
+            names=sorted(proof.names),
+            authorities=sorted(proof.authorities),
             expires=chain[0].not_valid_after_utc.strftime("%Y-%m-%d"),
         )
         if reason := policy.trust.revocations.refusal(chain, datetime.now(UTC)):
@@ -176,8 +179,9 @@ class Connections:
         settings = self._settings
         reader = wire.Reader(0)
         first, *rest = self._first(stream, reader)
+        # By titles first: what a stranger sends is not decoded.
+        peer = self._decide(connection, stream, self._titles(stream, first), proof)
         request = self._decode(stream, first)
-        peer = self._decide(connection, stream, request, proof)
         try:
             agreement = negotiate.agree(request, peer=peer, maximum_pdu=settings.maximum_pdu)
         except wire.WireError as error:
@@ -212,14 +216,16 @@ class Connections:
         association = Association(stream, reader, agreement, origin, peer, self._resources)
         self._converse(connection, stream, association, origin, rest)
 
-    def _decide(self, connection: _Connection, stream: Stream, request: negotiate.Request, proof: Proof | None) -> Peer:
+    def _decide(
+        self, connection: _Connection, stream: Stream, titles: tuple[bytes, bytes], proof: Proof | None
+    ) -> Peer:
         """Return the peer that a request comes from; tell it where it is refused."""
         settings = self._settings
-        calling = _title(request.calling)
-        self._step(connection, "requested", calling=calling, called=_title(request.called))
+        calling = _title(titles[0])
+        self._step(connection, "requested", calling=calling, called=_title(titles[1]))
         host = connection.address.rpartition(":")[0].strip("[]")
         plaintext = frozenset(connection.plaintext.peers) if connection.plaintext else frozenset[str]()
-        asked = Asked(request.calling, request.called, host, proof, plaintext)
+        asked = Asked(*titles, host, proof, plaintext)
         decision = self.policy.peers.decide(asked, settings.ae_title)
         if isinstance(decision, str):
             # The log says more than the peer is told: PS3.8 has one reason for each title.
@@ -229,9 +235,8 @@ class Connections:
         if not self._resources.allowances.granted(connection.number, decision, settings.request_seconds):
             # Transient, by the presentation provider: local limit exceeded.
             self._tell(stream, wire.reject(permanent=False, source=3, reason=2))
-            raise _RefusedConnectionError(
-                f"calling AE title {calling}: it has its {decision.maximum_associations} associations already", calling
-            )
+            limit = f"it has as many associations as it may, {decision.maximum_associations}"
+            raise _RefusedConnectionError(f"calling AE title {calling}: {limit}", calling)
         return decision
 
     def _first(self, stream: Stream, reader: wire.Reader) -> list[wire.Pdu | wire.Fragment]:
@@ -247,15 +252,24 @@ class Connections:
             raise _RefusedConnectionError("no association was requested in time") from error
         except wire.WireError as error:
             self._tell(stream, wire.abort(reason=1))
-            raise _RefusedConnectionError(str(error)) from error
+            # A TLS record, or a letter: neither is a PDU of DICOM.
+            words = {0x16: "the peer speaks TLS to a listener without it"}.get(buffer[0], str(error))
+            raise _RefusedConnectionError(words) from error
         return events
 
-    def _decode(self, stream: Stream, first: wire.Pdu | wire.Fragment) -> negotiate.Request:
+    def _titles(self, stream: Stream, first: wire.Pdu | wire.Fragment) -> tuple[bytes, bytes]:
         if not isinstance(first, wire.Pdu) or first.kind != wire.ASSOCIATE_RQ:
             self._tell(stream, wire.abort(reason=2))
             raise _RefusedConnectionError("something else than an association request came first")
         try:
-            return negotiate.decode(first.content)
+            return negotiate.titles(first.content)
+        except wire.WireError as error:
+            self._tell(stream, wire.reject(permanent=True, source=2, reason=1))
+            raise _RefusedConnectionError(str(error)) from error
+
+    def _decode(self, stream: Stream, first: wire.Pdu | wire.Fragment) -> negotiate.Request:
+        try:
+            return negotiate.decode(first.content if isinstance(first, wire.Pdu) else b"")
         except wire.WireError as error:
             self._tell(stream, wire.reject(permanent=True, source=2, reason=1))
             raise _RefusedConnectionError(str(error)) from error

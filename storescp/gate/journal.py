@@ -25,6 +25,8 @@ TRACE = "peer-test"
 # Events that wait at most; each takes at most a few hundred bytes, but for the studies of an association.
 _LIMIT = 2000
 _STUDIES_LIMIT = 200
+# Refusals that are told apart between two flushes.
+_KINDS = 200
 
 log = logging.getLogger(__name__)
 
@@ -61,27 +63,31 @@ class Journal:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Keep an event for the audit chain."""
-        self._keep({"time": _now(), "type": kind, **fields})
+        with self._lock:
+            self._keep({"time": _now(), "type": kind, **fields})
 
     def refused(self, address: str, reason: str, calling: str = "", count: int = 1) -> None:
         """Keep that a connection was refused; alike ones become one event with a count."""
         host = address.rpartition(":")[0]
+        # One step with the look for one alike: else a flush between them would leave a count that nobody writes.
         with self._lock:
+            if len(self._refused) >= _KINDS and (host, reason, calling) not in self._refused:
+                # Whoever asks under ever new names does not fill the chain with them.
+                host, reason, calling = "", "many different refusals", ""
             known = self._refused.get((host, reason, calling))
             if known is not None:
                 known["count"] += count
                 known["last"] = _now()
                 return
-        entry = {
-            "time": _now(),
-            "type": "connection-refused",
-            "address": host,
-            "reason": reason,
-            "calling": calling,
-            "count": count,
-        }
-        if self._keep(entry):
-            with self._lock:
+            entry = {
+                "time": _now(),
+                "type": "connection-refused",
+                "address": host,
+                "reason": reason,
+                "calling": calling,
+                "count": count,
+            }
+            if self._keep(entry):
                 self._refused[host, reason, calling] = entry
 
     def flush(self) -> None:
@@ -90,13 +96,14 @@ class Journal:
             waiting, self._waiting = self._waiting, []
             dropped, self._dropped = self._dropped, 0
             self._refused.clear()
-        if dropped:
-            waiting.append({"time": _now(), "type": "events-dropped", "count": dropped})
         try:
             while waiting:
                 content, count = _batch(waiting)
                 events.deposit(self._incoming, self._store_id, self._keys, content)
                 del waiting[:count]
+            if dropped:
+                content, _ = _batch([{"time": _now(), "type": "events-dropped", "count": dropped}])
+                events.deposit(self._incoming, self._store_id, self._keys, content)
             self._failing = False
         except (DepositError, OSError) as error:
             if not self._failing:
@@ -104,16 +111,18 @@ class Journal:
             self._failing = True
             with self._lock:
                 self._waiting[:0] = waiting
-                self._dropped += max(0, len(self._waiting) - _LIMIT)
+                for entry in waiting:
+                    if entry["type"] == "connection-refused":
+                        self._refused.setdefault((entry["address"], entry["reason"], entry["calling"]), entry)
+                self._dropped += dropped + max(0, len(self._waiting) - _LIMIT)
                 del self._waiting[_LIMIT:]
 
     def _keep(self, entry: dict[str, Any]) -> bool:
-        with self._lock:
-            if len(self._waiting) >= _LIMIT:
-                self._dropped += 1
-                return False
-            self._waiting.append(entry)
-            return True
+        if len(self._waiting) >= _LIMIT:
+            self._dropped += 1
+            return False
+        self._waiting.append(entry)
+        return True
 
 
 def studies(stored: dict[str, int]) -> dict[str, int]:

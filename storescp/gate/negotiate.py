@@ -5,6 +5,8 @@ One of the two places of the gate that import pynetdicom.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 from pydicom.uid import UID
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
@@ -22,8 +24,12 @@ from storescp.gate.wire import WireError
 from storescp.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
 from storescp.peers import Peer
 
-# Header, version and two AE titles of 16 bytes each.
-_TITLES_END = 42
+# Header, version, two AE titles of 16 bytes each, 32 bytes that are reserved.
+_ITEMS_START = 74
+_CONTEXT_ITEM, _USER_ITEM = 0x20, 0x50
+# Presentation contexts have odd ids of one byte. Of all items, DCMTK and Orthanc send some hundreds.
+_CONTEXT_LIMIT = 128
+_ITEM_LIMIT = 8192
 _ACCEPTED, _NO_ABSTRACT_SYNTAX, _NO_TRANSFER_SYNTAX = 0x00, 0x03, 0x04
 
 
@@ -50,22 +56,56 @@ class Agreement(msgspec.Struct, frozen=True):
     maximum_pdu: int
 
 
+def titles(pdu: bytes) -> tuple[bytes, bytes]:
+    """Return calling and called AE title of an A-ASSOCIATE-RQ PDU, their 16 bytes each: what is decided by first.
+
+    Raises:
+        WireError: It ends before them.
+    """
+    if len(pdu) < _ITEMS_START:
+        raise WireError("the association request is malformed")
+    return pdu[26:42], pdu[10:26]
+
+
 def decode(pdu: bytes) -> Request:
     """Return the request in an A-ASSOCIATE-RQ PDU.
 
     Raises:
-        WireError: It is malformed.
+        WireError: It is malformed, or has more items than any honest request.
     """
-    if len(pdu) < _TITLES_END:
-        raise WireError("the association request is malformed")
+    calling, called = titles(pdu)
+    _count(pdu)
     try:
         request = A_ASSOCIATE_RQ()
         request.decode(pdu)
         # The titles count as bytes; pynetdicom decodes and strips them.
-        return Request(pdu[26:42], pdu[10:26], request.to_primitive())
+        return Request(calling, called, request.to_primitive())
     except Exception as error:
         # The library raises whatever it stumbles over; for us each of them is a malformed request.
         raise WireError("the association request is malformed") from error
+
+
+def _count(pdu: bytes) -> None:
+    """Refuse a request whose items would cost the library seconds: it makes objects of each (PS3.8 9.3.2)."""
+    count, contexts = 0, set()
+    for kind, content in _items(memoryview(pdu)[_ITEMS_START:]):
+        count += 1
+        if kind == _CONTEXT_ITEM:
+            if not content or content[0] in contexts:
+                raise WireError("the association request is malformed: a presentation context comes twice")
+            contexts.add(content[0])
+        if kind in {_CONTEXT_ITEM, _USER_ITEM}:
+            count += sum(1 for _ in _items(content[4:] if kind == _CONTEXT_ITEM else content))
+        if count > _ITEM_LIMIT or len(contexts) > _CONTEXT_LIMIT:
+            raise WireError("the association request has too many items")
+
+
+def _items(content: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield type and content of each item; one that is cut short is the last."""
+    while len(content) >= 4:
+        length = int.from_bytes(content[2:4], "big")
+        yield content[0], content[4 : 4 + length]
+        content = content[4 + length :]
 
 
 def agree(request: Request, *, peer: Peer, maximum_pdu: int) -> Agreement:

@@ -39,11 +39,15 @@ class Use(msgspec.Struct, frozen=True):
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """Until when a peer waits, seconds since the epoch: before its next response, and before it may store again."""
+    """Until when a peer waits, seconds since the epoch: before its next response, and before it may store again.
+
+    ``used`` is how many bytes of its day were used then: where its limit is raised, it may store at once.
+    """
 
     title: str
     pause: float
     refuse: float
+    used: int
 
 
 class _Used:
@@ -77,7 +81,8 @@ class Quotas:
     def add(self, use: Use, now: float) -> Hold | None:
         """Count what was stored; return what workers have to be told."""
         used = self._used.setdefault(use.title, _Used())
-        hold = Hold(use.title, self._pause(used, use, now), self._refuse(used, use, now))
+        pause, refuse = self._pause(used, use, now), self._refuse(used, use, now)
+        hold = Hold(use.title, pause, refuse, used.bytes)
         return hold if hold.pause > now or hold.refuse > now else None
 
     def _pause(self, used: _Used, use: Use, now: float) -> float:
@@ -87,6 +92,8 @@ class Quotas:
         if used.limit != use.per_minute:
             used.limit, used.left, used.at = use.per_minute, float(use.per_minute), now
         used.left = min(float(use.per_minute), used.left + max(0.0, now - used.at) * rate) - use.objects
+        # Who was far too fast over many associations owes a minute at most, not the rest of the day.
+        used.left = max(-float(use.per_minute), used.left)
         used.at = now
         return now - used.left / rate if used.left < 0 else 0.0
 
@@ -142,7 +149,9 @@ class Allowances:
     def is_used_up(self, peer: Peer) -> bool:
         """Tell whether a peer's day is used up."""
         hold = self._holds.get(peer.ae_title)
-        return bool(peer.bytes_per_day) and hold is not None and hold.refuse > time.time()
+        if hold is None or not peer.bytes_per_day:
+            return False
+        return hold.refuse > time.time() and hold.used >= peer.bytes_per_day
 
     def took(self, peer: Peer, size: int) -> None:
         """Count an object of so many bytes."""

@@ -72,6 +72,7 @@ class Association:
         self._message_seconds = resources.settings.message_seconds
         self._deadline = 0.0
         self._command_part = bytearray()
+        self._command_context = 0
         self._command: tuple[Command, int] | None = None
         self._incoming: Incoming | None = None
         self._describer = Describer()
@@ -153,6 +154,9 @@ class Association:
         if event.command:
             if self._command is not None:
                 raise wire.WireError("a command where a data set is expected")
+            if self._command_part and event.context_id != self._command_context:
+                raise wire.WireError("a command goes on in another presentation context")
+            self._command_context = event.context_id
             self._command_part += event.data
             if len(self._command_part) > dimse.COMMAND_LIMIT:
                 raise wire.WireError("a command set is too long")

@@ -9,6 +9,7 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from storescp.gate import crl
 from storescp.gate.crl import Revocations
@@ -83,7 +84,8 @@ def server_context(certificate: Path, private_key: Path, trust: Trust, peers: Pe
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Level 2: RSA of 2048 bits at least, no SHA-1, in every certificate and key exchange.
+    # Level 2: RSA of 2048 bits at least in every certificate, no SHA-1 in a signature that counts (in one that is
+    # trusted for itself none does), nor in a key exchange.
     context.set_ciphers("ECDHE+AESGCM:@SECLEVEL=2")
     # No resumption: each connection proves its certificate anew, and a removed peer is out at once.
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
@@ -94,7 +96,8 @@ def server_context(certificate: Path, private_key: Path, trust: Trust, peers: Pe
     context.load_cert_chain(certificate, private_key)
     for file in trust.files:
         context.load_verify_locations(file)
-    pinned = "\n".join(pem for peer in peers.by_title.values() for pem in peer.certificates)
+    # As DER: what else a peer file has around a certificate, text or a second one, is not trusted and breaks nothing.
+    pinned = b"".join(_der(pem) for peer in peers.by_title.values() for pem in peer.certificates)
     if pinned:
         context.load_verify_locations(cadata=pinned)
     return context
@@ -125,5 +128,9 @@ def explain(error: OSError) -> str:
 def _certificates(file: Path) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise ssl.SSLError(f"{file} holds no certificate in PEM") from error
+
+
+def _der(pem: str) -> bytes:
+    return x509.load_pem_x509_certificate(pem.encode()).public_bytes(Encoding.DER)

@@ -38,7 +38,7 @@ def _certificates(config: Config, now: datetime) -> Iterator[str]:
         what = "the server's certificate" if file == config.certificate else "the authority"
         try:
             loaded = x509.load_pem_x509_certificates(file.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, x509.InvalidVersion) as error:
             yield f"{what} {file} cannot be read: {error}"
             continue
         for certificate in loaded:

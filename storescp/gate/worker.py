@@ -12,7 +12,7 @@ import ssl
 import time
 
 from keys.versions import store_id_of
-from storage.deposit import DepositError, Deposits, PublishedKeys
+from storage.deposit import DepositError, Deposits, Fence, PublishedKeys
 from storescp import peers, space
 from storescp.config import Config
 from storescp.errors import StrongroomError
@@ -58,6 +58,7 @@ def run(config: Config, gate: socket.socket, *, replaces: bool) -> None:
         idle_seconds=settings.pack_idle_seconds,
         open_per_peer=max(1, settings.packs_per_peer // settings.worker_count()),
         spare_bytes=settings.spare_bytes,
+        fence=Fence(config.public, config.signing_key),
     )
     journal = Journal(
         config.incoming, store_id, PublishedKeys(config.public, config.signing_key), config.public / TRACE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
 import logging
@@ -18,9 +19,12 @@ from keys import authority, keyring, slots
 from keys.anchors import AnchorError
 from keys.keyring import KeyringError
 from keys.seal import SealError, plain_length
+from keys.shares import RecoveryKey
+from keys.token import TokenError
+from storage import attributes
 from storage.archive import Archive
 from storage.index import Index
-from storage.ledger import Decision
+from storage.ledger import Decision, RecoveryExport
 from storage.pack import PAGE, PackError
 from storage.packfile import PackFile
 from storage.search import LEVELS, FilterError, Filters
@@ -28,27 +32,53 @@ from storescp import space
 from storescp.config import Config
 from storescp.control import Request, Response, json_response, lines_response
 from storescp.errors import NOTHING, StrongroomError
+from storescp.vault.erase import Erase
 from storescp.vault.examine import open_pack
+from storescp.vault.opened import Open
+from storescp.vault.recovery import Recovery, covers
+from storescp.vault.rotate import Rotate
 from storescp.vault.state import Vault
 from storescp.vault.verify import verify
 
-TOTAL_LOSS = (
-    "ONE FAILURE FROM TOTAL LOSS: no recovery export exists. "
-    "If the keyring or the anchors are lost, every study is lost, backups included"
+_TOTAL_LOSS = (
+    "ONE FAILURE FROM TOTAL LOSS: {}. If the keyring or the anchors are lost, every study is lost, backups included"
 )
 
 log = logging.getLogger(__name__)
 
 
 class UnlockRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """A secret that opens a slot: exactly one of the two."""
+    """A secret that opens a slot: a passphrase, the content of a key file, a credential's name, or a token's PIN."""
 
     passphrase: str | None = None
     key: bytes | None = None
+    credential: str | None = None
+    pin: str | None = None
+    place: slots.TokenPlace | None = None
 
     def secret(self) -> slots.Secret:
         """Return it as the slots know it."""
-        return slots.Passphrase(self.passphrase) if self.passphrase is not None else slots.KeyFile(self.key or b"")
+        if self.passphrase is not None:
+            return slots.Passphrase(self.passphrase)
+        if self.credential is not None:
+            return slots.Credential(self.credential)
+        if self.pin is not None:
+            return slots.Token(self.pin, self.place)
+        return slots.KeyFile(self.key or b"")
+
+
+class SlotRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """A slot to make."""
+
+    secret: UnlockRequest
+    label: str = ""
+
+
+class RerootRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The secrets of all slots that stay, and the ids of those that go."""
+
+    secrets: list[UnlockRequest]
+    remove: list[str] = msgspec.field(default_factory=list)
 
 
 class SearchRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -96,6 +126,32 @@ class RestartRequest(msgspec.Struct, forbid_unknown_fields=True):
     reason: str
 
 
+class EraseRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Which study to erase, and why."""
+
+    study: str
+    reason: str
+
+
+class RecoveryKeyRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """A recovery key's public half."""
+
+    key: RecoveryKey
+
+
+class NamedRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Something by its id."""
+
+    id: str
+
+
+class RotateRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Why a new key version is made, and which confirmations are waived, each with its reason."""
+
+    reason: str = ""
+    waived: dict[str, str] = msgspec.field(default_factory=dict)
+
+
 class VerifyRequest(msgspec.Struct, forbid_unknown_fields=True):
     """How fast to read, in MB/s; 0 for as fast as it goes."""
 
@@ -125,6 +181,19 @@ class Access:
             ("GET", "/v1/audit"): self._audit_head,
             ("POST", "/v1/audit"): self._audit,
             ("POST", "/v1/audit/restart"): self._audit_restart,
+            ("GET", "/v1/keys"): self._keys,
+            ("POST", "/v1/keys/rotate"): self._rotate,
+            ("POST", "/v1/slots"): self._slot_add,
+            ("POST", "/v1/slots/remove"): self._slot_remove,
+            ("POST", "/v1/slots/test"): self._slot_test,
+            ("POST", "/v1/slots/reroot"): self._reroot,
+            ("GET", "/v1/recovery"): self._recovery,
+            ("POST", "/v1/recovery"): self._recovery_add,
+            ("POST", "/v1/recovery/export"): self._recovery_export,
+            ("POST", "/v1/recovery/confirm"): self._recovery_confirm,
+            ("POST", "/v1/recovery/retire"): self._recovery_retire,
+            ("POST", "/v1/erase"): self._erase,
+            ("GET", "/v1/erasures"): self._erasures,
         }
 
     def handle(self, request: Request) -> Response:
@@ -174,7 +243,7 @@ class Access:
                 "deposits": _deposits(archive),
                 "disk": {"store": _disk(config.store_path), "incoming": _disk(config.incoming)},
                 "slots": [{"id": s.id, "type": s.type, "label": s.label, "created": s.created} for s in header.slots],
-                "warnings": [TOTAL_LOSS],
+                "warnings": total_loss(opened, len(header.slots)),
             }
             if opened is not None and reader is not None:
                 status["key_version"] = opened.ring.current().version
@@ -321,6 +390,135 @@ class Access:
         log.info("issued a certificate")
         return json_response({"certificate": pem.decode(), "authority": ca.certificate})
 
+    # --- keys
+
+    def _keys(self, _request: Request) -> Response:
+        with self._vault.admitting():
+            opened = self._vault.unlocked()
+            named = opened.keys_db.versions()
+            rotations = {r.version: r for r in opened.ledger.rotations()}
+            rotate = Rotate(self._vault)
+            versions = [
+                {
+                    "version": record.version,
+                    "state": record.state,
+                    "created": record.created,
+                    "anchor": record.anchor.provider,
+                    "study_keys": named.get(record.version, 0),
+                }
+                for record in opened.ring.body.versions
+            ]
+            items = [
+                msgspec.to_builtins(r) | {"waits_for": "" if r.destroyed or not r.proof else rotate.waits_for(r)}
+                for r in rotations.values()
+            ]
+        slots_ = [{"id": s.id, "type": s.type, "label": s.label} for s in opened.ring.header.slots]
+        return json_response({"format": 1, "versions": versions, "rotations": items, "slots": slots_})
+
+    def _rotate(self, request: Request) -> Response:
+        asked: RotateRequest = request.json(RotateRequest)
+        self._vault.unlocked()
+        return lines_response(
+            _told(Rotate(self._vault).run(request.uid, asked.reason, dict(asked.waived))), at_once=True
+        )
+
+    def _slot_add(self, request: Request) -> Response:
+        asked: SlotRequest = request.json(SlotRequest)
+        secret = asked.secret.secret()
+        if isinstance(secret, slots.Passphrase):
+            try:
+                slots.check_passphrase(secret.text)
+            except slots.WeakPassphraseError as error:
+                raise StrongroomError(str(error)) from error
+        with self._changing_slots() as ring:
+            slot = ring.add_slot(secret, asked.label, _time(time.time()))
+            self._auditor.record("slot-added", uid=request.uid, slot=slot.id, slot_type=slot.type, label=slot.label)
+            ring.write(self._config.keyring)
+        return json_response({"id": slot.id, "type": slot.type})
+
+    def _slot_remove(self, request: Request) -> Response:
+        asked: NamedRequest = request.json(NamedRequest)
+        with self._changing_slots() as ring:
+            slot = ring.remove_slot(asked.id)
+            self._auditor.record("slot-removed", uid=request.uid, slot=slot.id, slot_type=slot.type, label=slot.label)
+            ring.write(self._config.keyring)
+        return json_response({"id": slot.id, "type": slot.type})
+
+    def _slot_test(self, request: Request) -> Response:
+        asked: UnlockRequest = request.json(UnlockRequest)
+        with self._changing_slots() as ring:
+            slot = ring.test_slot(asked.secret())
+        return json_response({"id": slot.id, "type": slot.type, "label": slot.label})
+
+    def _reroot(self, request: Request) -> Response:
+        asked: RerootRequest = request.json(RerootRequest)
+        with self._changing_slots() as ring:
+            self._auditor.record("reroot", uid=request.uid, removed=asked.remove)
+            ring.reroot([secret.secret() for secret in asked.secrets], remove=asked.remove)
+            ring.write(self._config.keyring)
+            found = [{"id": s.id, "type": s.type, "label": s.label} for s in ring.header.slots]
+        return json_response({"slots": found})
+
+    @contextlib.contextmanager
+    def _changing_slots(self) -> Iterator[keyring.Keyring]:
+        """Give the keyring to change; where that fails, memory is as the file is again."""
+        with self._vault.admitting():
+            ring = self._vault.unlocked().ring
+            before = ring.kept()
+            try:
+                yield ring
+            except BaseException as error:
+                ring.restore(before)
+                if isinstance(error, slots.UnlockError | slots.KeyFileError | KeyringError | AnchorError | TokenError):
+                    raise StrongroomError(str(error)) from error
+                if isinstance(error, OSError):
+                    raise StrongroomError(f"the keyring cannot be written: {error.strerror}") from error
+                raise
+
+    # --- recovery
+
+    def _recovery(self, _request: Request) -> Response:
+        found = Recovery(self._vault)
+        keys = [{k: getattr(key, k) for k in ("id", "created", "shares", "threshold")} for key in found.recovery_keys()]
+        return json_response({"format": 1, "keys": keys, "exports": found.exports()})
+
+    def _recovery_add(self, request: Request) -> Response:
+        asked: RecoveryKeyRequest = request.json(RecoveryKeyRequest)
+        Recovery(self._vault).add(request.uid, asked.key)
+        return json_response({"id": asked.key.id})
+
+    def _recovery_export(self, request: Request) -> Response:
+        made = Recovery(self._vault).export(request.uid)
+        items = [msgspec.to_builtins(one) | {"content": base64.b64encode(content).decode()} for one, content in made]
+        return json_response({"format": 1, "items": items})
+
+    def _recovery_confirm(self, request: Request) -> Response:
+        asked: NamedRequest = request.json(NamedRequest)
+        return json_response(Recovery(self._vault).confirm(request.uid, asked.id))
+
+    def _recovery_retire(self, request: Request) -> Response:
+        asked: NamedRequest = request.json(NamedRequest)
+        Recovery(self._vault).retire(request.uid, asked.id)
+        Erase(self._vault).finalize()
+        return json_response({"id": asked.id})
+
+    # --- erasure
+
+    def _erase(self, request: Request) -> Response:
+        asked: EraseRequest = request.json(EraseRequest)
+        self._vault.unlocked()
+        if not attributes.is_uid(asked.study):
+            raise StrongroomError(f"'{asked.study}' is no UID")
+        return lines_response(_told(Erase(self._vault).run(request.uid, asked.study, asked.reason)), at_once=True)
+
+    def _erasures(self, _request: Request) -> Response:
+        with self._vault.admitting():
+            found = self._vault.unlocked().ledger.erasures()
+        items = [
+            {k: v for k, v in msgspec.to_builtins(e).items() if k not in {"tag", "packs", "fenced"}} for e in found
+        ]
+        return json_response({"format": 1, "items": items})
+
     # --- the audit chain
 
     def _peers(self, _request: Request) -> Response:
@@ -352,6 +550,34 @@ class Access:
         if not asked.reason.strip():
             raise StrongroomError("a new chain needs a reason")
         return json_response({"aside": str(self._auditor.restart(request.uid, asked.reason))})
+
+
+def _exports(opened: Open) -> list[RecoveryExport]:
+    # A connection of its own: whoever asks for the status waits for no admission.
+    ledger = opened.own_ledger()
+    try:
+        return ledger.exports()
+    finally:
+        ledger.close()
+
+
+def total_loss(opened: Open | None, slot_count: int) -> list[str]:
+    """Return the warning that one failure can lose everything, if that is so; of a locked store its slots are known."""
+    missing = []
+    if opened is not None and not covers(_exports(opened), opened.ring.current().version):
+        missing.append("no recovery export of the current key version is confirmed ('strongroom recovery init')")
+    if slot_count < 2:
+        missing.append("there is one slot to unlock with ('strongroom keys slot add')")
+    return [_TOTAL_LOSS.format(" and ".join(missing))] if missing else []
+
+
+def _told(progress: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield what an operation does, and the error that ends it: its answer has begun long before."""
+    try:
+        yield from progress
+        yield {"kind": "end"}
+    except StrongroomError as error:
+        yield {"kind": "error", "message": str(error), "hint": error.hint, "status": error.status}
 
 
 def _items(archive: Archive, index: Index) -> list[dict[str, Any]]:

@@ -47,6 +47,17 @@ _LIST_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 
+class Retired:
+    """Versions that no worker can use any more, with the deposits that were there by then: later ones are forged."""
+
+    def __init__(self, deposits: dict[int, frozenset[str]]) -> None:
+        self.deposits = deposits
+
+    def refuses(self, version: int, pack_id: str) -> bool:
+        """Tell whether a deposit came too late."""
+        return version in self.deposits and pack_id not in self.deposits[version]
+
+
 class Admission:
     """Admits deposits, one caller at a time."""
 
@@ -60,6 +71,7 @@ class Admission:
         *,
         gate_uid: int,
         room: Callable[[int], bool],
+        retired: Retired,
     ) -> None:
         """Prepare to admit.
 
@@ -71,6 +83,7 @@ class Admission:
             ledger: Of the admitting thread alone.
             gate_uid: Whose deposits are taken.
             room: Tells whether the archive has room for so many bytes more.
+            retired: What came too late.
         """
         self._archive = archive
         self._keyring = keyring
@@ -82,6 +95,7 @@ class Admission:
         # By copy where the gate keeps a hold on its files, and where a rename could not cross file systems.
         self._copies = gate_uid != os.geteuid() or not archive.one_file_system()
         self._room = room
+        self._retired = retired
         self._lock = threading.Lock()
         self._said: set[str] = set()
         self._interrupted = False
@@ -147,6 +161,8 @@ class Admission:
             if not self._acceptable(path):
                 return False
             with PackFile(path, write=not self._copies) as file:
+                if self._retired.refuses(file.header.version, path.name):
+                    raise pack.PackError("it names a key version that was retired before it came")
                 if file.try_lock():
                     return self._admit(file)
                 if not seldom or self._is_long_open(path.name):

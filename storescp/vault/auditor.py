@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 
 from keys import encoding
-from keys.keyring import Keyring, KeyringError
+from keys.anchors import AnchorError
+from keys.keyring import Keyring, KeyringError, UnknownVersionError
 from keys.seal import SealError, open_sealed, seal
 from keys.versions import store_id_of
 from storage import audit, events
@@ -31,11 +32,20 @@ from storage.sqlite import DatabaseError
 from storescp import __version__
 from storescp.config import Config
 from storescp.errors import StrongroomError
+from storescp.log import escape
 
 _KEY = "audit"
 _DEPOSIT = "deposit-"
 _QUIET_SECONDS = 10.0
 _SHORT = 128
+# A record leaves room for what a transcript puts around it.
+_RECORD_LIMIT = audit.RECORD_LIMIT - (1 << 10)
+_EVENTS_LIMIT = _RECORD_LIMIT - (1 << 10)
+# How long the gate's events may be taken at a time: whoever asks something of the vault waits meanwhile.
+_TAKE_SECONDS = 1.0
+
+# What an event may hold: no numbers whose text grows, and nothing that nests.
+_Value = str | int | bool | None | dict[str, str | int] | list[str]
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +81,7 @@ class Auditor:
         self._exports: dict[tuple[int, str], _Export] = {}
         self._taken: set[str] = set()
         self._peer_files: dict[str, str] | None = None
+        self._waiting = ""
         self._chain: Chain | None = None
         self.fault = ""
         self._open()
@@ -132,7 +143,7 @@ class Auditor:
                     self.tell("exported", uid=uid, study=study, instances=export.count)
 
     def _append(self, records: list[dict[str, Any]]) -> None:
-        contents = [encoding.canonical(record) for record in records]
+        contents = [_encoded(record) for record in records]
         with self._lock:
             if self._chain is None:
                 raise StrongroomError(
@@ -143,16 +154,19 @@ class Auditor:
                 if self._ring is None:
                     deposit_key = self._published.current()
                     self._chain.append(contents, f"{_DEPOSIT}{deposit_key.version}", deposit_key.seal_record)
-                    return
-                key = self._ring.body.audit_key
-                self._chain.append(
-                    contents,
-                    _KEY,
-                    lambda content, place: seal(content, key, place),
-                    signing=self._ring.signing,
-                    time=_now()[:19] + "Z",
-                )
+                else:
+                    key = self._ring.body.audit_key
+                    self._chain.append(
+                        contents,
+                        _KEY,
+                        lambda content, place: seal(content, key, place),
+                        signing=self._ring.signing,
+                        time=_now()[:19] + "Z",
+                    )
+                self.fault = ""
             except (AuditError, DepositError, OSError) as error:
+                # Status warns until something is recorded again.
+                self.fault = str(error)
                 raise StrongroomError(
                     f"this cannot be recorded in the audit chain, so it is not done: {error}",
                     hint="make room on the store's disk; 'strongroom audit verify' says whether the chain is whole",
@@ -170,26 +184,31 @@ class Auditor:
             known = ledger.audit_head() or Head(0, b"", 0)
             self._ring, self._ledger = ring, ledger
             after = known.transcribed
+            copies: dict[int, dict[str, Any]] = {}
             try:
                 if known.number and audit.hash_of(self._folder, known.number) != known.hash:
                     said = f"record {known.number} of the audit chain is gone, or another than the ledger knows"
                     log.error("%s: somebody changed or cut the chain", said)
                     self.tell("audit-broken", fault=said)
                     after = 0
-                found = list(audit.read(self._folder, self._store_id, self.opens, after=after))
+                for entry in audit.read(self._folder, self._store_id, self.opens, after=after):
+                    content = _decoded(entry)
+                    if entry.key.startswith(_DEPOSIT):
+                        copies[entry.number] = {
+                            "time": _now(),
+                            "type": "transcript",
+                            "of": entry.number,
+                            "record": content,
+                        }
+                    elif content.get("type") == "transcript":
+                        copies.pop(int(content["of"]), None)
+                    elif content.get("type") in {"gate-events", "events-refused"}:
+                        self._taken.add(str(content.get("file")))
             except (AuditError, OSError) as error:
                 log.error("the audit chain: %s", error)
                 self.tell("audit-broken", fault=str(error))
-                found = []
-            copies = []
-            for entry in found:
-                content = msgspec.json.decode(entry.content)
-                if entry.key.startswith(_DEPOSIT):
-                    copies.append({"time": _now(), "type": "transcript", "of": entry.number, "record": content})
-                elif content.get("type") == "gate-events":
-                    self._taken.add(str(content.get("file")))
             if copies:
-                self._append(copies)
+                self._append(list(copies.values()))
             self._keep_head()
 
     def locked(self, *, uid: int | None = None) -> None:
@@ -203,6 +222,13 @@ class Auditor:
             self._ring = None
             if ledger is not None:
                 ledger.close()
+
+    def use_ledger(self, ledger: Ledger) -> None:
+        """Go on with another connection to the ledger: it has another file since a rotation."""
+        with self._lock:
+            before, self._ledger = self._ledger, ledger
+            if before is not None:
+                before.close()
 
     def opens(self, key: str, sealed: bytes, place: bytes) -> bytes:
         """Return a record.
@@ -241,8 +267,14 @@ class Auditor:
         Raises:
             AuditError: The chain is broken, or a record does not open.
         """
+        # What is being appended meanwhile may be there by half.
+        head = self.head
         for entry in audit.read(self._folder, self._store_id, self.opens, after=after):
-            yield {"number": entry.number, **msgspec.json.decode(entry.content)}
+            if head is not None and entry.number > head.number:
+                return
+            yield {"number": entry.number, **_decoded(entry)}
+            if head is not None and entry.number == head.number:
+                return
 
     def restart(self, uid: int, reason: str) -> Path:
         """Put a broken chain aside and begin a new one, whose first record says so; return where the old one is.
@@ -276,54 +308,73 @@ class Auditor:
         with self._lock:
             if self._ring is None or self._chain is None:
                 return
-            taken = False
-            for path in events.found(self._config.incoming):
-                try:
-                    self._take(path, self._ring, gate_uid)
-                    taken = True
-                except StrongroomError as error:
-                    log.error("the gate's events wait: %s", error)
-                    break
-                except (OSError, KeyringError, DatabaseError) as error:
-                    log.error("the gate's events %s wait: %s", path.name, error)
+            until = time.monotonic() + _TAKE_SECONDS
+            waiting, taken = "", False
+            try:
+                for path in events.found(self._config.incoming):
+                    try:
+                        self._take(path, self._ring, gate_uid)
+                        taken = True
+                    except (OSError, KeyringError, AnchorError) as error:
+                        waiting = waiting or f"{_printable(path.name)}: {error}"
+                    if time.monotonic() > until:
+                        break
+            except (StrongroomError, OSError) as error:
+                waiting = str(error)
+            if waiting and waiting != self._waiting:
+                log.error("the gate's events wait: %s", waiting)
+            self._waiting = waiting
             if taken:
                 self._keep_head()
 
     def _take(self, path: Path, ring: Keyring, gate_uid: int) -> None:
-        name = path.name.removesuffix(events.SUFFIX)
+        name = _printable(path.name.removesuffix(events.SUFFIX))
         if name not in self._taken:
             try:
-                content = events.read(path, self._store_id, ring.version, gate_uid)
-                found = msgspec.json.decode(content, type=list[Event])
-                whole: list[dict[str, Any]] = msgspec.json.decode(content)
-            except (EventsError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                found, told, peer_files = self._read(path, ring, gate_uid)
+            except (EventsError, UnknownVersionError) as error:
                 log.error("events in incoming are refused: %s", error)
-                self.record("events-refused", file=name[:_SHORT], reason=str(error))
+                self.record("events-refused", file=name, reason=str(error)[:_SHORT])
+                self._taken.add(name)
             else:
-                kept = [self._known_peers(event, entry) for event, entry in zip(found, whole, strict=True)]
-                told = [entry for entry in kept if entry]
                 if told:
                     self.record("gate-events", file=name, events=told)
+                # At once: whatever fails from here on, they are not recorded again.
+                self._taken.add(name)
+                self._peer_files = peer_files
                 self._used(found)
-            self._taken.add(name)
-        path.unlink()
+        try:
+            path.unlink()
+        except IsADirectoryError:
+            # It stays where it is, and was told once.
+            return
         self._taken.discard(name)
 
-    def _known_peers(self, event: Event, entry: dict[str, Any]) -> dict[str, Any]:
-        """Return an event as it is recorded: of peer files only what changed, nothing where nothing did."""
-        if event.type != "peers-read":
-            return entry
-        before, self._peer_files = self._peer_files, event.peers
-        if before is None:
-            return entry
-        changed = sorted(
-            name for name in before.keys() | event.peers.keys() if before.get(name) != event.peers.get(name)
-        )
-        return (
-            {"time": event.time, "type": "peers-changed", "files": {n: event.peers.get(n) for n in changed}}
-            if changed
-            else {}
-        )
+    def _read(
+        self, path: Path, ring: Keyring, gate_uid: int
+    ) -> tuple[list[Event], list[dict[str, Any]], dict[str, str] | None]:
+        """Return the events in a file; those that are recorded; which peer files the gate reads after them.
+
+        Raises:
+            EventsError: They are not what a gate writes.
+        """
+        content = events.read(path, self._store_id, ring.version, gate_uid)
+        try:
+            found = msgspec.json.decode(content, type=list[Event])
+            whole = msgspec.json.decode(content, type=list[dict[str, _Value]])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise EventsError(f"they are not what a gate writes: {error}") from error
+        told: list[dict[str, Any]] = []
+        peer_files = self._peer_files
+        for event, entry in zip(found, whole, strict=True):
+            if event.type == "peers-read":
+                told += _changed(peer_files, event, entry)
+                peer_files = event.peers
+            else:
+                told.append(entry)
+        if len(encoding.canonical(told)) > _EVENTS_LIMIT:
+            raise EventsError("they are too many for a record")
+        return found, told, peer_files
 
     def _used(self, found: list[Event]) -> None:
         uses = [
@@ -332,7 +383,10 @@ class Auditor:
             if e.type == "association-begun" and e.certificate
         ]
         if uses and self._ledger is not None:
-            self._ledger.used(uses)
+            try:
+                self._ledger.used(uses)
+            except DatabaseError as error:
+                log.error("when certificates were used is not kept in the ledger: %s", error)
 
     def certificate_uses(self) -> list[CertificateUse]:
         """Return when each certificate was last used; nothing while locked."""
@@ -343,6 +397,39 @@ class Auditor:
         """Record that a vault began to run, which release, and on which configuration."""
         digest = hashlib.sha256(self._config.file.read_bytes()).hexdigest()
         self.tell("vault-started", release=__version__, configuration=digest)
+
+
+def _changed(before: dict[str, str] | None, event: Event, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what is recorded of peer files that were read: all at first, then only what changed."""
+    if before is None:
+        return [entry]
+    after = event.peers
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if not changed:
+        return []
+    return [{"time": event.time, "type": "peers-changed", "files": {name: after.get(name) for name in changed}}]
+
+
+def _encoded(record: dict[str, Any]) -> bytes:
+    content = encoding.canonical(record)
+    if len(content) > _RECORD_LIMIT:
+        raise StrongroomError(f"a record of {len(content)} bytes is too long for the audit chain: nothing was done")
+    return content
+
+
+def _decoded(entry: audit.Entry) -> dict[str, Any]:
+    try:
+        content = msgspec.json.decode(entry.content)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not {"time", "type"} <= content.keys():
+        raise AuditError(f"record {entry.number} is none that a vault writes")
+    return content
+
+
+def _printable(name: str) -> str:
+    """Return a file's name, whatever its bytes are, as text that can be recorded, and short."""
+    return escape(os.fsencode(name).decode("utf-8", "backslashreplace"))[:_SHORT]
 
 
 def _now() -> str:

@@ -81,6 +81,8 @@ def create(plan: Plan) -> Config:
         (config.socket.parent, 0o750),
     ):
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        # Whatever the umask is: the gate's user must be able to read public/.
+        folder.chmod(mode)
     Archive(config.store_path, config.incoming).prepare()
     KeysDatabase(config.keys_db, migrate=True).close()
     os.chmod(config.keys_db, 0o600)

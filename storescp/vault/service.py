@@ -9,20 +9,26 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
-from keys import slots
+from keys import keyring, slots
 from keys.anchors import AnchorError
 from keys.keyring import KeyringError
+from keys.token import TokenError
 from storescp import notify
 from storescp.config import Config
 from storescp.control import Server
 from storescp.errors import StrongroomError
 from storescp.harden import check_vault
-from storescp.vault.access import TOTAL_LOSS, Access
+from storescp.vault.access import Access, total_loss
+from storescp.vault.erase import Erase
+from storescp.vault.rotate import Rotate
 from storescp.vault.state import Vault
 
 _TICK_SECONDS = 1.0
+# How often it is looked whether an old key version's time has come.
+_LOOK_SECONDS = 60.0
 # Admission yields to a gate that receives; those who ask something run in threads of their own, as fast as ever.
 _NICE = 10
 
@@ -54,16 +60,21 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
             server.listen(config.socket)
         except OSError as error:
             raise StrongroomError(f"the vault cannot listen on {config.socket}: {error}") from error
-        log.warning("%s", TOTAL_LOSS)
+        for warning in total_loss(vault.opened, len(keyring.read_header(config.keyring).slots)):
+            log.warning("%s", warning)
         vault.auditor.started()
         notify.ready()
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
-        done = True
+        done, looked = True, time.monotonic()
         # Between two turns whoever waits for the vault's state gets it.
         while not stop.wait(_TICK_SECONDS if done else 0.01):
             try:
                 done = vault.advance(_TICK_SECONDS)
+                if time.monotonic() - looked > _LOOK_SECONDS:
+                    looked = time.monotonic()
+                    Rotate(vault).destroy_due()
+                    Erase(vault).resume()
             except Exception:
                 # A full disk or a damaged file must not end the vault: deposits stay where they are.
                 log.exception("admission failed and is tried again")
@@ -79,12 +90,13 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
 
 
 def _unlock_by_itself(config: Config, vault: Vault) -> None:
-    if config.key_file is None:
+    if config.key_file is None and not config.credential:
         log.warning("locked: no way to unlock is configured; 'strongroom unlock' opens the vault")
         return
     try:
-        vault.unlock(slots.read_key_file(config.key_file))
-    except (slots.KeyFileError, slots.UnlockError, KeyringError, AnchorError, StrongroomError) as error:
+        secret = slots.read_key_file(config.key_file) if config.key_file else slots.Credential(config.credential)
+        vault.unlock(secret)
+    except (slots.KeyFileError, slots.UnlockError, KeyringError, AnchorError, TokenError, StrongroomError) as error:
         log.error("locked: %s", error)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from keys import keyring, slots
 from keys.anchors import AnchorError, FileAnchors
 from keys.keyring import KeyringError
+from keys.token import TokenError
 from storage.migrate import upgrade
 from storescp.config import Config
 from storescp.errors import LOCKED, StrongroomError
@@ -102,7 +103,7 @@ class Vault:
                 log.warning("a wrong secret was given to unlock, %d in a row", self._wrong)
                 time.sleep(min(2.0 ** (self._wrong - 2), _WRONG_SECRET_DELAY_LIMIT))
                 raise StrongroomError(str(error), hint="try again, or use another slot", status=LOCKED) from error
-            except (KeyringError, AnchorError) as error:
+            except (KeyringError, AnchorError, TokenError, slots.CredentialError) as error:
                 raise StrongroomError(str(error), hint="see docs/admin.md, 'What losing a key means'") from error
             self._wrong = 0
 
@@ -148,7 +149,7 @@ class Vault:
                 done = upgrade(ring, self.config.store_path)
             except slots.UnlockError as error:
                 raise StrongroomError(str(error), status=LOCKED) from error
-            except (KeyringError, AnchorError) as error:
+            except (KeyringError, AnchorError, TokenError, slots.CredentialError) as error:
                 raise StrongroomError(str(error)) from error
             ring.forget()
         return done

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -35,8 +36,12 @@ from pynetdicom.pdu_primitives import (
 from pynetdicom.presentation import PresentationContext, build_context
 
 from keys import keyring
-from keys.seal import u32
-from storage import attributes, pack
+from keys.encoding import canonical
+from keys.recovery import MAGIC as EXPORT_MAGIC
+from keys.recovery import ContainedVersion, Contents
+from keys.seal import context as bound_to
+from keys.seal import seal, u32
+from storage import attributes, audit, pack
 from storescp import config, peers
 from storescp.gate import wire
 from storescp.gate.head import WANTED
@@ -266,6 +271,57 @@ def _deposit_keys() -> list[bytes]:
     return [content, content.split(b"\n")[0], DEEP]
 
 
+# --- the gate's events and the audit chain
+
+
+@functools.cache
+def _events() -> list[bytes]:
+    """Return what stands behind a header; its salt is another in each process."""
+    key = targets.vectors()[2]
+    header, object_id = pack.parse_header(targets.events_header()), bytes(16)
+    content = b'[{"time":"2026-01-31T12:00:00.000000Z","type":"association-begun","calling":"CT1"}]'
+    sealed = seal(content, key, bound_to("event", header.bound(), object_id))
+    nothing = seal(b"{}", key, bound_to("attributes", header.bound(), object_id))
+    body = pack.Frame(pack.PAGE, object_id, len(sealed), len(nothing)).encode() + sealed + nothing
+    return [body, targets.events_header(), body[: len(body) // 2], targets.vectors()[1][: pack.PAGE]]
+
+
+def _chains() -> list[bytes]:
+    """Return chains whose records are sealed by nothing at all: no two seals are the same."""
+    unlocked = targets.vectors()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        chain = audit.Chain(Path(folder), unlocked.store_id, unlocked.header.signing_key)
+        for number in range(4):
+            records = [b'{"n":%d}' % n for n in range(number)] + [b"ab"[:number]]
+            key = "audit" if number % 2 else "deposit-1"
+            signing = unlocked.signing if number % 2 else None
+            chain.append(records, key, lambda content, _: content, signing=signing, time="2026-01-31T12:00:00Z")
+        chain.close()
+        whole = (Path(folder) / f"{1:016}.log").read_bytes()
+    lines = whole.splitlines(True)
+    return [whole, lines[0], b"".join(lines[:3]), whole[:-5], b"".join(reversed(lines))]
+
+
+def _recovery_exports() -> list[bytes]:
+    """Return an export with nothing behind its header, the header, and what one holds: seals differ every time."""
+    unlocked, header = targets.vectors()[0], targets.export_header()
+    held = Contents(
+        audit_key=unlocked.body.audit_key,
+        authority=unlocked.body.authority,
+        generation=unlocked.header.generation,
+        recovery=targets.recovery_key()[0],
+        signing_seed=unlocked.body.signing_seed,
+        store_id=unlocked.header.store_id,
+        tag_key=unlocked.body.tag_key,
+        versions=[
+            ContainedVersion([r.anchor], r.created, keyring.opened_root(unlocked, r.version), r.state, r.version)
+            for r in unlocked.body.versions
+        ],
+    )
+    whole = targets.export_of(canonical(header), b"")
+    return [whole, whole[:-40], canonical(header), canonical(held), b'{"format":' + DEEP + b"}"]
+
+
 # --- files and requests of admins
 
 
@@ -322,16 +378,21 @@ _SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
         keyring.MAGIC + u32(2) + b"{}",
         keyring.MAGIC + u32(len(DEEP) + 11) + b'{"format":' + DEEP + b"}",
     ],
+    "recovery-export": _recovery_exports,
     "key-file": lambda: [(targets.VECTORS / "store.key").read_bytes()],
     "peers": _peer_files,
     "config": _configurations,
     "control": _control_requests,
+    "events": _events,
+    "audit": _chains,
     "channel": lambda: [b'{"kind":"connection","number":3,"text":"127.0.0.1:1024"}', b'{"kind":"ready"}', DEEP],
 }
 _WORDS = {
     "wire": [struct.pack(">BBI", kind, 0, 4) for kind in range(1, 8)] + [b"\0\0\0\2\1\3"],
     "dimse": [struct.pack("<HHI", 0, e, 2) for e in (0x0100, 0x0110, 0x0120, 0x0800)] + [b"\x01\x01", b"\xff\x0f"],
     "pack": [b"SRR1"],
+    "events": [b"SRR1", b"SRR1" + bytes(12)],
+    "audit": [b"R 1 audit ", b"R 2 ", b"C 1 ", b"\n", b" deposit-1 ", b"Yg== ", b" 2026-01-31T12:00:00Z "],
     "pack-frames": [b"SRR1", pack.Frame(0, bytes(16), 72, 72).encode()],
     "config": [
         b'"127.0.0.1:99999"',
@@ -343,6 +404,7 @@ _WORDS = {
         b"1979-05-27",
     ],
     "channel": [b'"kind":"', b'"number":', b'"text":"', b"\xc3\xa9", b"\\ud800"],
+    "recovery-export": [EXPORT_MAGIC, b'"format":', b'"versions":[]', b'"anchors":[', b'"root":""', b'"destroyed"'],
     "keyring": [keyring.MAGIC, b'"slots":', b'"parameters":{}', b'"type":"key-file"', b'"generation":'],
     "control": [
         b"\r\n",

@@ -25,16 +25,22 @@ from typing import Any, NoReturn, cast
 import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 from pynetdicom.pdu import A_ASSOCIATE_AC
 
-from keys import keyring, slots, versions
+from keys import keyring, recovery, shares, slots, versions
 from keys.anchors import FileAnchors
-from keys.keyring import Keyring, KeyringError
-from keys.seal import SealError, context, open_parts, u32
+from keys.encoding import canonical
+from keys.keyring import Keyring, KeyringError, UnknownVersionError
+from keys.recovery import ExportHeader
+from keys.seal import SealError, context, open_parts, seal, u32
+from keys.shares import RecoveryError, RecoveryKey
 from keys.slots import UnlockError
 from keys.versions import SignatureError
-from storage import attributes, pack
+from storage import attributes, audit, events, pack
 from storage.attributes import Attributes, AttributesError, Received, is_uid
+from storage.audit import AuditError, Head
+from storage.events import EventsError
 from storage.pack import PackError
 from storage.packfile import OpenedPack, PackFile, Record
 from storescp import config, control, peers
@@ -645,6 +651,133 @@ def _opened(parts: Iterable[bytes], key: bytes, bound: bytes) -> bytes | None:
         return None
 
 
+# --- the gate's events
+
+
+@functools.cache
+def events_header() -> bytes:
+    """Return the first page of a file of events: the vectors' deposit, with another flag. Its study key is the same."""
+    deposit = vectors()[1]
+    header = pack.parse_header(deposit[: pack.PAGE])
+    return msgspec.structs.replace(header, flags=pack.EVENTS).encode()
+
+
+def events_file(data: bytes) -> None:
+    """Any file is events or an EventsError, whole or behind a good header; what opens was sealed as events."""
+    for content in (data, events_header() + data):
+        try:
+            found = read_events(content)
+        except (EventsError, UnknownVersionError):
+            continue
+        header = pack.parse_header(content[: pack.PAGE])
+        promise(header.flags == pack.EVENTS, "a study is taken for events")
+        promise(len(found) < len(content) <= events.CONTENT_LIMIT + (64 << 10), "events are longer than their file")
+
+
+def read_events(content: bytes) -> bytes:
+    """Return the events in a file that is called as its header says."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        path = Path(folder) / (content[32:48].ljust(16, b"\0").hex() + events.SUFFIX)
+        path.write_bytes(content)
+        unlocked = vectors()[0]
+        return events.read(path, unlocked.store_id, unlocked.version, os.geteuid())
+
+
+# --- the audit chain
+
+
+def audit_chain(data: bytes) -> None:
+    """Any files are a whole chain, or the first fault is told; what is whole is read, goes on, and is whole then."""
+    # As it is, and with numbers and hashes that fit: else a change of a byte reaches little.
+    for content in (data, _chained(data)):
+        for files in ([content], _halves(content)):
+            _chain(files)
+
+
+def _chain(files: list[bytes]) -> None:
+    unlocked = vectors()[0]
+    store, public = unlocked.store_id, unlocked.header.signing_key
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        folder = Path(name)
+        for number, content in enumerate(files):
+            # The second file is called as its first line says, or as what follows that.
+            first = re.match(rb"([RC]) ([0-9]{1,15}) ", content) if number else None
+            named = int(first[2]) + (first[1] == b"C") if first else number + 1
+            (folder / f"{named:016}.log").write_bytes(content)
+        written = b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
+        found = audit.verify(folder, store, public)
+        entries: list[audit.Entry] = []
+        with contextlib.suppress(AuditError):
+            entries += audit.read(folder, store, _plain)
+        with contextlib.suppress(AuditError):
+            audit.hash_of(folder, 1)
+        if not found.fault:
+            promise([e.number for e in entries] == list(range(1, found.head.number + 1)), "a whole chain is not read")
+            lines = b"".join(_record_line(e) for e in entries)
+            said = b"".join(line for line in written.splitlines(True) if line.startswith(b"R "))
+            promise(lines == said, "records are read as others")
+            promise(not audit.verify(folder, store, public, known=found.head).fault, "a chain lost its own head")
+            if found.head.number:
+                other = Head(found.head.number, bytes(32))
+                promise(bool(audit.verify(folder, store, public, known=other).fault), "another head is none")
+        _continued(folder, found)
+
+
+def _continued(folder: Path, found: audit.Verified) -> None:
+    unlocked = vectors()[0]
+    store, public = unlocked.store_id, unlocked.header.signing_key
+    many = len(list(folder.glob("*.log"))) > 1
+    try:
+        chain = audit.Chain(folder, store, public)
+    except AuditError:
+        promise(bool(found.fault), "a whole chain is not continued")
+        return
+    try:
+        head = chain.append([b"{}"], "audit", lambda content, _: content)
+    finally:
+        chain.close()
+    again = audit.verify(folder, store, public)
+    # Of many files a vault looks at the end alone when it starts.
+    promise((again.head == head and not again.fault) or (many and bool(found.fault)), "a broken chain is continued")
+
+
+def _plain(key: str, sealed: bytes, _: bytes) -> bytes:
+    if key == "closed":
+        raise SealError("it does not open")
+    return sealed
+
+
+def _record_line(entry: audit.Entry) -> bytes:
+    sealed = base64.b64encode(entry.content).decode()
+    return f"R {entry.number} {entry.key} {sealed} {entry.hash.hex()}\n".encode()
+
+
+def _chained(data: bytes) -> bytes:
+    """Return a chain of the same records: numbered, hashed and signed anew."""
+    unlocked = vectors()[0]
+    head = audit._begin(unlocked.store_id)
+    lines = []
+    for line in data.splitlines(True):
+        if (found := audit._RECORD.fullmatch(line.rstrip(b"\n"))) and line.endswith(b"\n"):
+            content = found[3]
+            with contextlib.suppress(ValueError):
+                content = base64.b64decode(content)
+            head = audit._next(unlocked.store_id, head, found[2].decode(), content)
+            lines.append(_record_line(audit.Entry(head.number, found[2].decode(), head.hash, content)))
+        elif (found := audit._CHECKPOINT.fullmatch(line.rstrip(b"\n"))) and line.endswith(b"\n"):
+            time = found[2].decode()
+            signature = base64.b64encode(unlocked.signing.sign(audit._signed(unlocked.store_id, head, time))).decode()
+            lines.append(f"C {head.number} {time} {head.hash.hex()} {signature}\n".encode())
+        else:
+            lines.append(line)
+    return b"".join(lines)
+
+
+def _halves(data: bytes) -> list[bytes]:
+    lines = data.splitlines(True)
+    return [b"".join(lines[: len(lines) // 2]), b"".join(lines[len(lines) // 2 :])]
+
+
 # --- keys
 
 
@@ -671,6 +804,64 @@ def keyring_file(data: bytes) -> None:
     secret = slots.parse_key_file((VECTORS / "store.key").read_bytes())
     with contextlib.suppress(UnlockError):
         slots.unlock(header.slots, secret, bytes.fromhex(header.store_id))
+
+
+def recovery_export(data: bytes) -> None:
+    """Any bytes are a recovery export or a RecoveryError: whole, as its signed header, and as what is sealed in it."""
+    unlocked = vectors()[0]
+    pinned = unlocked.header.signing_key
+    headed = export_of(data, b"")
+    for content in (data, headed):
+        with contextlib.suppress(RecoveryError):
+            header = recovery.read_header(content, pinned)
+            promise(header.store_id == unlocked.header.store_id, "another store's export is taken")
+            promise(
+                header.digest == recovery._digest(content[len(content) - header.length :]), "a changed one is taken"
+            )
+    private = recovery_key()[1]
+    header = export_header()
+    key = versions.new_key()
+    follows = recovery._SUITE.encrypt(key, private.public_key(), info=recovery._context("recovery-key", header))
+    follows += seal(data, key, recovery._context("recovery-export", header))
+    header.digest, header.length = recovery._digest(follows), len(follows)
+    with contextlib.suppress(RecoveryError):
+        contents = recovery.open_export(export_of(canonical(header), follows), bytes(32), pinned)
+        promise(contents.store_id == unlocked.header.store_id, "another store's contents are taken")
+        promise({len(v.root) for v in contents.versions} <= {0, 32}, "a root has another length than 32")
+
+
+@functools.cache
+def recovery_key() -> tuple[RecoveryKey, MLKEM768X25519PrivateKey]:
+    """Return the recovery key that a secret of zeros gives for the test vectors' store."""
+    store_id = vectors()[0].store_id
+    recovery_id, private = shares.opened(bytes(32), store_id)
+    halves = shares._halves(bytes(32), store_id)
+    mlkem768, x25519 = (half.public_key().public_bytes_raw() for half in halves)
+    return RecoveryKey("2026-01-31T10:00:00Z", recovery_id, mlkem768, 5, store_id.hex(), 3, x25519), private
+
+
+def export_header() -> ExportHeader:
+    """Return an export's header for the test vectors' store, with nothing behind it."""
+    unlocked = vectors()[0]
+    numbers = [record.version for record in unlocked.body.versions]
+    return ExportHeader(
+        created="2026-01-31T10:00:00Z",
+        digest=recovery._digest(b""),
+        export_id=bytes(16).hex(),
+        format=recovery.FORMAT,
+        generation=unlocked.header.generation,
+        length=0,
+        recovery_id=recovery_key()[0].id,
+        signing_key=unlocked.header.signing_key,
+        store_id=unlocked.header.store_id,
+        versions=numbers,
+    )
+
+
+def export_of(header: bytes, follows: bytes) -> bytes:
+    """Return any bytes as the header of an export that the store has signed."""
+    signature = vectors()[0].signing.sign(context("recovery-header") + header)
+    return recovery.MAGIC + u32(len(header)) + header + signature + follows
 
 
 def key_file(data: bytes) -> None:
@@ -801,11 +992,14 @@ TARGETS: dict[str, Target] = {
     "seal": sealed,
     "deposit-key": deposit_key,
     "keyring": keyring_file,
+    "recovery-export": recovery_export,
     "key-file": key_file,
     "peers": peer_file,
     "config": configuration,
     "control": control_requests,
     "channel": channel_messages,
+    "events": events_file,
+    "audit": audit_chain,
 }
 
 

@@ -15,12 +15,14 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from softhsm import PIN, SoftHsm, attached
 
 from keys import encoding, keyring, slots
-from keys.anchors import AnchorError, FileAnchors
-from keys.keyring import MAGIC, Authority, Keyring, KeyringError
+from keys.anchors import AnchorError, AnchorSet, FileAnchors, TokenAnchors
+from keys.keyring import MAGIC, Authority, Keyring, KeyringError, UnknownVersionError
 from keys.seal import context, open_sealed, seal, u32
-from keys.slots import KeyFile, Passphrase, UnlockError
+from keys.slots import Credential, KeyFile, Passphrase, Token, TokenPlace, UnlockError
+from keys.token import AttachedToken, TokenError
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=200)
 WORDS, FILE = Passphrase("tulip-anvil-marble-quench"), KeyFile(bytes(range(32)))
@@ -440,9 +442,9 @@ def test_the_anchor_of_one_version_does_not_open_another(store: Store) -> None:
         with pytest.raises(KeyringError, match=f"the root of key version {version} does not open"):
             again.version(version)
     # The same anchor is another key in another version or store, and is asked for by its own name alone.
-    keys = {store.anchors.key("anchor-1", store_id, 1) for store_id in (bytes(16), again.store_id)}
+    keys = {bytes(store.anchors.key("anchor-1", store_id, 1)) for store_id in (bytes(16), again.store_id)}
     second.write_bytes(first.read_bytes())
-    assert len(keys | {store.anchors.key("anchor-2", again.store_id, 2)}) == 3
+    assert len(keys | {bytes(store.anchors.key("anchor-2", again.store_id, 2))}) == 3
     for name in ("anchor-2", "../anchor-1", "anchor-1/", ""):
         with pytest.raises(AnchorError, match="an anchor of another version"):
             store.anchors.key(name, again.store_id, 1)
@@ -476,3 +478,379 @@ def test_roots_are_sealed_under_their_anchor_and_place(original: Store) -> None:
     root = open_sealed(record.root, key, context("version-root", original.keyring.store_id, u32(1)))
     assert len(root) == 32
     assert root == bytes(original.keyring.current()._root)
+
+
+# --- slots
+
+
+OTHER = KeyFile(bytes(range(64, 96)))
+needs_token = pytest.mark.needs("softhsm2-util")
+
+
+@pytest.fixture
+def hsm(tmp_path: Path) -> Iterator[SoftHsm]:
+    """SoftHSM with a token of label 'one'."""
+    with attached(tmp_path / "hsm") as made:
+        made.make("one")
+        yield made
+
+
+@pytest.fixture
+def credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Credential:
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    (folder / "store.key").write_bytes(slots.new_key_file())
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
+    return Credential("store.key")
+
+
+def test_an_added_slot_opens_the_same_store_once_it_is_written(store: Store, credential: Credential) -> None:
+    opened = store.unlock()
+    made = opened.add_slot(OTHER, "spare", "later")
+    assert (made.label, made.created, made.type) == ("spare", "later", "key-file")
+    assert isinstance(store.refused(OTHER), UnlockError)
+    opened.add_slot(credential, "unit", "later")
+    opened.write(store.file)
+    for secret in (OTHER, credential, FILE, WORDS):
+        again = store.unlock(secret)
+        assert secrets_of(again) == secrets_of(opened)
+    assert [slot.label for slot in again.header.slots] == ["words", "file", "spare", "unit"]
+
+
+def test_a_slot_that_cannot_be_made_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    opened = store.unlock()
+    before = encoding.canonical(opened.header)
+    with pytest.raises(slots.CredentialError):
+        opened.add_slot(Credential("store.key"), "", "")
+    with pytest.raises(TokenError):
+        opened.add_slot(Token(PIN, TokenPlace("/nowhere.so", "one")), "", "")
+    assert encoding.canonical(opened.header) == before
+
+
+def test_a_keyring_never_grows_beyond_what_can_be_read(store: Store) -> None:
+    opened = store.unlock()
+    with pytest.raises(KeyringError, match="has no room for another slot"):
+        opened.add_slot(OTHER, "x" * 65_536, "")
+    opened.header.generation = (1 << 63) - 3
+    count = 0
+    with pytest.raises(KeyringError, match="has no room for another slot"):
+        while True:
+            opened.add_slot(OTHER, "y" * 1000, "")
+            count += 1
+    assert count > 40
+    opened.write(store.file)
+    assert len(store.unlock(OTHER).header.slots) == count + 2
+
+
+def test_a_removed_slot_opens_nothing_any_more(store: Store) -> None:
+    old = store.file.read_bytes()
+    opened = store.unlock()
+    words = opened.header.slots[0]
+    assert opened.remove_slot(words.id) == words
+    opened.write(store.file)
+    assert isinstance(store.refused(WORDS), UnlockError)
+    assert store.unlock(FILE).header.generation == 2
+    # The copy that still has the slot is refused by its age.
+    store.file.write_bytes(old)
+    assert "an old copy was put back" in str(store.refused(WORDS))
+
+
+def test_the_last_slot_cannot_be_removed(store: Store) -> None:
+    opened = store.unlock()
+    first, second = opened.header.slots
+    opened.remove_slot(first.id)
+    # One of a newer release's kinds opens nothing here.
+    opened.header.slots.append(msgspec.structs.replace(first, id="00" * 16, type="moonlight"))
+    for _ in range(2):
+        with pytest.raises(KeyringError, match=r"^the last slot cannot be removed"):
+            opened.remove_slot(second.id)
+    with pytest.raises(KeyringError, match="the keyring has no slot "):
+        opened.remove_slot(first.id)
+    opened.remove_slot("00" * 16)
+    opened.write(store.file)
+    assert store.unlock(FILE).header.slots == [second]
+
+
+def test_a_secret_is_told_which_slot_it_opens(store: Store) -> None:
+    opened = store.unlock()
+    words, file = opened.header.slots
+    assert (opened.test_slot(WORDS), opened.test_slot(FILE)) == (words, file)
+    with pytest.raises(UnlockError, match=LOCKED):
+        opened.test_slot(OTHER)
+    # A slot that opens, but to another root key, is not one of this keyring.
+    opened.header.slots.append(slots.make_slot(OTHER, bytes(32), opened.store_id, label="", created=""))
+    with pytest.raises(UnlockError, match=LOCKED):
+        opened.test_slot(OTHER)
+    assert any(opened._root_key)
+
+
+# --- a new root key
+
+
+def roots(content: bytes, secret: slots.Secret) -> bytearray:
+    """Return the root key that a secret gives of a keyring file."""
+    header, _, _ = keyring.parse(content)
+    return slots.unlock(header.slots, secret, bytes.fromhex(header.store_id))
+
+
+def opens(content: bytes, root_key: bytes | bytearray) -> bool:
+    header, raw, sealed = keyring.parse(content)
+    try:
+        open_sealed(sealed, root_key, keyring._bound_to(header, raw))
+    except keyring.SealError:
+        return False
+    return True
+
+
+def test_after_a_reroot_the_old_root_key_opens_nothing(store: Store) -> None:
+    old = store.file.read_bytes()
+    opened = store.unlock()
+    before = [slot.id for slot in opened.header.slots]
+    opened.reroot([FILE, WORDS])
+    assert store.file.read_bytes() == old
+    opened.write(store.file)
+    new = store.file.read_bytes()
+    root = roots(old, FILE)
+    # Control: it is the key that it is said to be.
+    assert opens(old, root)
+    assert not opens(new, root)
+    assert opens(new, roots(new, FILE))
+    again = store.unlock(WORDS)
+    assert secrets_of(again) == secrets_of(opened)
+    assert again.header.generation == 2
+    assert [(s.type, s.label) for s in again.header.slots] == [("passphrase", "words"), ("key-file", "file")]
+    assert not {slot.id for slot in again.header.slots} & set(before)
+    # The old slots do not fit into the new keyring either, with the old root key or as they are.
+    length = int.from_bytes(new[8:12], "big")
+    for number in range(2):
+        header: Any = json.loads(new[12 : 12 + length])
+        header["slots"][number] = json.loads(old[12 : 12 + int.from_bytes(old[8:12], "big")])["slots"][number]
+        store.file.write_bytes(with_header(new, encoding.canonical(header)))
+        assert isinstance(store.refused([WORDS, FILE][number]), (UnlockError, KeyringError))
+
+
+def test_a_slot_key_that_leaked_opens_nothing_after_a_reroot(store: Store) -> None:
+    opened = store.unlock()
+    file = opened.header.slots[1]
+    leaked = slots._slot_key(file, FILE, opened.store_id)
+    assert open_sealed(file.sealed, leaked, slots._slot_context(file, opened.store_id)) == opened._root_key
+    opened.reroot([FILE, WORDS])
+    file = opened.header.slots[1]
+    with pytest.raises(keyring.SealError):
+        open_sealed(file.sealed, leaked, slots._slot_context(file, opened.store_id))
+
+
+def test_a_reroot_needs_every_secret_or_the_word_to_remove_a_slot(store: Store) -> None:
+    opened = store.unlock()
+    words, file = opened.header.slots
+    before = opened.header.slots, bytes(opened._root_key)
+    with pytest.raises(KeyringError) as raised:
+        opened.reroot([FILE])
+    assert str(raised.value) == (
+        f"a new root key needs the secret of every slot that stays; give or remove: 'words' (passphrase, {words.id})"
+    )
+    with pytest.raises(UnlockError, match=LOCKED):
+        opened.reroot([FILE, WORDS, OTHER])
+    with pytest.raises(KeyringError, match="the keyring has no slot 00"):
+        opened.reroot([FILE, WORDS], remove=["00" * 16])
+    with pytest.raises(KeyringError, match="the last slot cannot be removed"):
+        opened.reroot([], remove=[words.id, file.id])
+    assert (opened.header.slots, bytes(opened._root_key)) == before
+    opened.reroot([FILE, FILE], remove=[words.id])
+    opened.write(store.file)
+    assert isinstance(store.refused(WORDS), UnlockError)
+    assert [slot.label for slot in store.unlock(FILE).header.slots] == ["file"]
+
+
+def test_one_secret_may_open_several_slots(store: Store) -> None:
+    opened = store.unlock()
+    opened.add_slot(FILE, "again", "later")
+    opened.reroot([FILE, WORDS])
+    opened.write(store.file)
+    assert [slot.label for slot in store.unlock(FILE).header.slots] == ["words", "file", "again"]
+
+
+def test_a_reroot_that_cannot_be_written_leaves_the_old_keyring(store: Store) -> None:
+    old = store.file.read_bytes()
+    opened = store.unlock()
+    opened.reroot([FILE, WORDS])
+    (store.folder / "keyring.new").mkdir()
+    with pytest.raises(OSError):
+        opened.write(store.file)
+    (store.folder / "keyring.new").rmdir()
+    assert store.file.read_bytes() == old
+    for secret in (FILE, WORDS):
+        assert store.unlock(secret).header.generation == 1
+
+
+@needs_token
+def test_a_reroot_takes_all_kinds(store: Store, hsm: SoftHsm, credential: Credential) -> None:
+    opened = store.unlock()
+    token = opened.add_slot(hsm.secret(), "token", "later")
+    opened.add_slot(credential, "unit", "later")
+    opened.write(store.file)
+    old = store.file.read_bytes()
+    opened.reroot([Token(PIN), credential, FILE, WORDS])
+    opened.write(store.file)
+    root = roots(old, Token(PIN))
+    assert opens(old, root)
+    assert not opens(store.file.read_bytes(), root)
+    for secret in (Token(PIN), credential, FILE, WORDS):
+        assert len(store.unlock(secret).header.slots) == 4
+    # The token's key is the same; its salt and the slot's id are not.
+    assert opened.header.slots[2].parameters["key"] == token.parameters["key"]
+    assert opened.header.slots[2].parameters["salt"] != token.parameters["salt"]
+
+
+@needs_token
+def test_a_keyring_with_slots_of_all_kinds_does_not_open_with_a_byte_changed(
+    store: Store, hsm: SoftHsm, credential: Credential
+) -> None:
+    opened = store.unlock()
+    opened.add_slot(hsm.secret(), "token", "later")
+    opened.add_slot(credential, "unit", "later")
+    opened.write(store.file)
+    content = store.file.read_bytes()
+    chance = random.Random(3)
+    for secret in (Token(PIN), credential):
+        for offset in sorted({*range(16), *chance.sample(range(len(content)), 200)}):
+            changed = bytearray(content)
+            changed[offset] ^= chance.randrange(1, 256)
+            store.file.write_bytes(changed)
+            with pytest.raises((KeyringError, UnlockError, TokenError, slots.CredentialError)):
+                store.unlock(secret)
+        for length in sorted(chance.sample(range(len(content)), 50)):
+            store.file.write_bytes(content[:length])
+            assert isinstance(store.refused(secret), KeyringError)
+        store.file.write_bytes(content)
+        store.unlock(secret)
+
+
+@needs_token
+def test_a_keyring_opens_with_its_token_alone_and_not_without(store: Store, hsm: SoftHsm) -> None:
+    (token,) = hsm.tokens.iterdir()
+    opened = store.unlock()
+    made = opened.add_slot(hsm.secret(), "token", "later")
+    opened.write(store.file)
+    assert secrets_of(store.unlock(Token(PIN))) == secrets_of(opened)
+    assert opened.test_slot(Token(PIN)) == made
+    assert isinstance(store.refused(Token("0000-0000")), UnlockError)
+    hsm.pull(token)
+    with pytest.raises(TokenError, match="no token 'one' is attached"):
+        store.unlock(Token(PIN))
+    hsm.put_back(token)
+    store.unlock(Token(PIN))
+
+
+# --- destroyed versions
+
+
+def test_a_destroyed_version_does_not_open_any_more_from_any_copy(store: Store) -> None:
+    opened = store.unlock()
+    first = opened.version(1)
+    opened.add_version("later")
+    opened.write(store.file)
+    copy = store.file.read_bytes()
+    # Control: both open before.
+    for version in (1, 2):
+        store.unlock().version(version)
+    assert (opened.grade(1), opened.grade(2)) == ("clear", "clear")
+    opened.destroy_version(1)
+    assert not any(first._root)
+    opened.write(store.file)
+    again = store.unlock()
+    with pytest.raises(UnknownVersionError, match="key version 1 was destroyed"):
+        again.version(1)
+    assert again.current().version == 2
+    assert [(r.version, r.state, bool(r.root)) for r in again.body.versions] == [
+        (1, "destroyed", False),
+        (2, "current", True),
+    ]
+    assert again.grade(1) == "clear"
+    # The backup made before has the root, but no anchor to open it with.
+    record = (store.folder / "anchors" / "generation").read_bytes()
+    (store.folder / "anchors" / "generation").write_bytes(record.replace(b" 3\n", b" 2\n"))
+    store.file.write_bytes(copy)
+    restored = store.unlock()
+    restored.version(2)
+    with pytest.raises(AnchorError, match="the anchor of version 1 cannot be read"):
+        restored.version(1)
+
+
+def test_a_destruction_interrupted_by_a_crash_is_finished_by_a_second(store: Store) -> None:
+    opened = store.unlock()
+    opened.add_version("later")
+    opened.write(store.file)
+    opened.destroy_version(1)
+    # The keyring was not written.
+    again = store.unlock()
+    assert again.body.versions[0].state == "old"
+    for _ in range(2):
+        again.destroy_version(1)
+    again.write(store.file)
+    assert store.unlock().body.versions[0].state == "destroyed"
+    # Numbers are not used again, and states stay.
+    third = store.unlock()
+    assert third.add_version("last").version == 3
+    assert [r.state for r in third.body.versions] == ["destroyed", "old", "current"]
+
+
+def test_the_current_version_is_never_destroyed(store: Store) -> None:
+    opened = store.unlock()
+    with pytest.raises(KeyringError, match="key version 1 is the current one: rotate first"):
+        opened.destroy_version(1)
+    with pytest.raises(UnknownVersionError, match="the keyring has no key version 2"):
+        opened.destroy_version(2)
+    store.unlock().version(1)
+
+
+def test_an_anchor_that_a_crash_left_unnamed_is_in_nobodys_way(store: Store) -> None:
+    store.unlock().add_version("lost")
+    left = (store.folder / "anchors" / "anchor-2").read_bytes()
+    opened = store.unlock()
+    opened.add_version("later")
+    opened.write(store.file)
+    assert (store.folder / "anchors" / "anchor-2").read_bytes() != left
+    assert store.unlock().version(2).index_key() == opened.version(2).index_key()
+
+
+@needs_token
+def test_versions_of_both_kinds_of_anchor_stand_side_by_side(store: Store, hsm: SoftHsm) -> None:
+    with AttachedToken(hsm.module, "one", PIN) as token:
+        on_token = TokenAnchors(store.folder / "anchors", token)
+        both = AnchorSet(on_token, store.anchors)
+        opened = keyring.unlock(store.file, FILE, both)
+        second = opened.add_version("later")
+        opened.write(store.file)
+        assert [r.anchor.provider for r in opened.body.versions] == ["file", "pkcs11"]
+        assert (opened.grade(1), opened.grade(2)) == ("clear", "purge")
+        again = keyring.unlock(
+            store.file, FILE, AnchorSet(store.anchors, TokenAnchors(store.folder / "anchors", token))
+        )
+        assert again.version(2).index_key() == second.index_key()
+        assert again.version(1).index_key() == opened.version(1).index_key()
+        # Without the token, only the version on it is out of reach.
+        alone = store.unlock()
+        alone.version(1)
+        with pytest.raises(AnchorError, match="no anchors of the kind 'pkcs11' are attached"):
+            alone.version(2)
+        assert alone.grade(2) == "purge"
+        # Back to files, and the token's version destroyed.
+        again.add_version("last")
+        again.write(store.file)
+        copy = store.file.read_bytes()
+        again.destroy_version(2)
+        again.write(store.file)
+        assert not token.has_key(again.body.versions[1].anchor.id.partition("@")[0])
+        store.file.write_bytes(copy)
+        store.anchors.set_generation(opened.store_id, 1)
+        restored = keyring.unlock(store.file, FILE, both)
+        restored.version(1)
+        restored.version(3)
+        with pytest.raises(AnchorError, match="has no secret key 'strongroom-anchor-2-"):
+            restored.version(2)
+        (device,) = hsm.tokens.iterdir()
+        hsm.pull(device)
+        with pytest.raises(AnchorError, match="attach it and unlock again"):
+            keyring.unlock(store.file, FILE, both).version(2)

@@ -1,0 +1,302 @@
+"""Erasure: a study's keys destroyed, its packs and rows removed, a tombstone and a certificate left.
+
+In this order, each step repeatable: the intent is recorded; gates are told to let the study's open packs go, which are
+put aside so that nobody admits them; key records are deleted; packs are unlinked; rows are dropped; what a gate still
+writes is unlinked as soon as it is let go. What arrives in another pack from then on is a new study. The erasure is
+final when every key version that could have wrapped a key of the study is destroyed: by a rotation begun later.
+Source: docs/design.md, "Erasure"; docs/format.md, section 10.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from keys import encoding, signed
+from keys.signed import SignedError
+from storage.deposit import FENCE
+from storage.ledger import Erasure
+from storage.sqlite import DatabaseError
+from storescp.config import Config
+from storescp.errors import NOTHING, StrongroomError
+from storescp.vault.admit import study_tag
+from storescp.vault.opened import Open
+from storescp.vault.state import Vault
+
+LABEL = "certificate"
+# How long to wait for objects that a gate is receiving into packs of the study.
+_FENCE_SECONDS = 60.0
+_POLL_SECONDS = 0.5
+# A deposit under this name is no pack to anybody: neither admitted nor listed. The gate that writes it has it open.
+_PUT_ASIDE = ".erasing"
+# What a certificate does not speak of; each is said in it.
+_NOT_COVERED = (
+    "records of the audit chain, which name the study",
+    "what was exported earlier, and what the sending devices keep",
+    "memory images and snapshots of the machine taken while its keys were open",
+    "what arrived for the study after the erasure began",
+)
+# Among an erasure's versions: a key of the study stays in use, so that no version's end destroys it.
+_SHARED = 0
+_KEY_SHARED = "a key of the study, under which the gate deposited instances of another study too: those are kept"
+
+log = logging.getLogger(__name__)
+
+
+class Erase:
+    """The erasures of a vault."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+        self._config: Config = vault.config
+        self._folder = vault.config.store_path / "certificates"
+
+    def run(self, uid: int, study: str, reason: str) -> Iterator[dict[str, Any]]:
+        """Erase a study, or go on with the erasure that was begun; yield what happens.
+
+        Raises:
+            StrongroomError: There is no such study, or it cannot go on now.
+        """
+        if not reason.strip():
+            raise StrongroomError("an erasure needs a reason")
+        with self._vault.admitting():
+            erasure = self._begin(uid, study, reason)
+            left = self._go_on(erasure.id)
+        yield {
+            "kind": "step",
+            "text": f"erasure {erasure.id}: {erasure.instances} instances in {len(erasure.packs)} packs",
+        }
+        until = time.monotonic() + _FENCE_SECONDS
+        while left:
+            if time.monotonic() > until:
+                raise StrongroomError(
+                    f"{left} packs of the study are still being received into",
+                    hint="the erasure goes on by itself; 'strongroom certificate list' says how far it is",
+                )
+            yield {"kind": "waiting", "text": f"{left} packs are still open in the gate"}
+            time.sleep(_POLL_SECONDS)
+            left = self._go_on(erasure.id)
+        yield {
+            "kind": "step",
+            "text": f"erased; certificate {erasure.id} is pending until the key versions are destroyed",
+        }
+        yield {"kind": "certificate", "id": erasure.id}
+
+    def resume(self) -> None:
+        """Finish what was interrupted, as far as that goes now, and make certificates final."""
+        with self._vault.admitting():
+            open_ = self._vault.opened
+            unfinished = [e.id for e in open_.ledger.erasures() if not e.erased] if open_ else []
+        for erasure_id in unfinished:
+            try:
+                if left := self._go_on(erasure_id):
+                    log.warning("erasure %s waits for %d packs that are being received into", erasure_id, left)
+            except (StrongroomError, OSError, DatabaseError) as error:
+                log.error("erasure %s is not done yet: %s", erasure_id, error)
+        self.finalize()
+
+    def _begin(self, uid: int, study: str, reason: str) -> Erasure:
+        """Record the intent, or find the one that was recorded before."""
+        # Before the look at what waits: what was acknowledged up to here is found.
+        begun = _now()
+        self._vault.admit()
+        open_ = self._vault.unlocked()
+        tag = study_tag(open_.ring, study)
+        before = next((e for e in open_.ledger.erasures() if e.tag == tag and not e.erased), None)
+        if before is not None:
+            return before
+        packs = self._packs(open_, tag, study)
+        if not packs:
+            raise StrongroomError(f"study {study} is not held here", hint="'strongroom list' lists", status=NOTHING)
+        fenced = [p for p in packs if (open_.archive.incoming / p).exists()]
+        instances = sum(len(open_.index.rows_of(p)) for p in packs)
+        erasure = Erasure(secrets.token_hex(8), tag, uid, reason, begun, packs, fenced, instances)
+        self._vault.auditor.record(
+            "erase-begun",
+            uid=uid,
+            study=study,
+            erasure=erasure.id,
+            reason=reason,
+            packs=len(packs),
+            instances=instances,
+        )
+        open_.ledger.set_erasure(erasure)
+        return erasure
+
+    def _packs(self, open_: Open, tag: bytes, study: str) -> list[str]:
+        recorded = {record.pack_id for record in open_.keys_db.of_study(tag)}
+        return sorted(recorded | set(open_.index.packs_of(study)))
+
+    def _fence(self, open_: Open) -> None:
+        """Tell gates which packs to let go: those of all erasures that are not done."""
+        packs = sorted({p for e in open_.ledger.erasures() if not e.erased for p in e.fenced})
+        path = self._config.public / FENCE
+        try:
+            told = signed.read(FENCE, path.read_bytes(), self._config.signing_key)["packs"]
+        except FileNotFoundError:
+            told = []
+        except (OSError, SignedError):
+            told = None
+        if packs != told:
+            document = {"created": _now(), "format": 1, "packs": packs, "store_id": open_.ring.header.store_id}
+            encoding.replace(path, signed.write(FENCE, document, open_.ring.signing), mode=0o644)
+
+    def _go_on(self, erasure_id: str) -> int:
+        """Erase what can be erased now; return how many packs gates still have open, 0 when all is done.
+
+        Raises:
+            StrongroomError: The vault is locked, or something cannot be recorded or forgotten.
+        """
+        with self._vault.admitting():
+            open_ = self._vault.unlocked()
+            # As it is now: the vault's loop and somebody who asks may both be at it.
+            erasure = next(e for e in open_.ledger.erasures() if e.id == erasure_id)
+            if erasure.erased:
+                return 0
+            self._put_aside(open_, erasure)
+            self._fence(open_)
+            self._note(open_, erasure)
+            self._erase(open_, erasure)
+            left = sum(self._is_left(open_, pack_id) for pack_id in erasure.fenced)
+            if not left:
+                self._vault.auditor.record("erased", erasure=erasure.id, packs=len(erasure.packs))
+                erasure.erased = _now()
+                self._certify(open_, erasure, {})
+                open_.ledger.set_erasure(erasure)
+                self._fence(open_)
+            return left
+
+    def _put_aside(self, open_: Open, erasure: Erasure) -> None:
+        """Take the study's deposits out of everybody's sight.
+
+        First of all: a deposit carries its own key, so that it would be admitted again once its key record is gone;
+        and against one that is held, what arrives from now on would be a copy that nobody needs, or a contradiction.
+        """
+        moved = False
+        for pack_id in erasure.packs:
+            path = open_.archive.incoming / pack_id
+            if path.exists():
+                os.rename(path, path.with_name(pack_id + _PUT_ASIDE))
+                moved = True
+                if pack_id not in erasure.fenced:
+                    erasure.fenced.append(pack_id)
+        if moved:
+            open_.ledger.set_erasure(erasure)
+            encoding.sync_folder(open_.archive.incoming)
+
+    def _note(self, open_: Open, erasure: Erasure) -> None:
+        """Keep which packs besides came out of the study's, and which versions wrap their keys, before they go."""
+        records = open_.keys_db.of_study(erasure.tag)
+        # What a quarantined pack was taken from, perhaps after the erasure began, its key id says.
+        parts = [r.pack_id for r in records if r.pack_id in erasure.packs or r.place.key_id.hex() in erasure.packs]
+        packs = sorted({*erasure.packs, *parts})
+        versions = erasure.versions
+        if parts or not versions:
+            # Of what a version is gone before, nothing is left to destroy.
+            alive = {r.version for r in open_.ring.body.versions if r.state != "destroyed"}
+            versions = sorted({*versions, *alive})
+            keys = {r.place.key_id for r in records if r.pack_id in packs} | {bytes.fromhex(p) for p in packs}
+            if any(r.place.key_id in keys and r.pack_id not in packs for r in open_.keys_db.records()):
+                # No honest gate puts two studies under one key.
+                versions = sorted({_SHARED, *versions})
+        if (packs, versions) != (erasure.packs, erasure.versions):
+            erasure.packs, erasure.versions = packs, versions
+            open_.ledger.set_erasure(erasure)
+
+    def _erase(self, open_: Open, erasure: Erasure) -> None:
+        keys_db, archive = open_.keys_db, open_.archive
+        for pack_id in erasure.packs:
+            if keys_db.find(pack_id) is not None:
+                keys_db.remove(pack_id)
+        keys_db.forget()
+        log_ = self._config.keys_db.with_name(self._config.keys_db.name + "-wal")
+        if log_.exists() and log_.stat().st_size:
+            raise StrongroomError(
+                "keys.db is being read, so that deleted keys are still in the log before it",
+                hint="the erasure goes on by itself, or with the same command",
+            )
+        for pack_id in erasure.packs:
+            for path in (archive.path(pack_id), archive.quarantine_path(pack_id)):
+                if path.exists():
+                    archive.remove(path)
+            if open_.index.place_of(pack_id):
+                open_.index.drop(pack_id)
+        open_.index.forget()
+
+    def _is_left(self, open_: Open, pack_id: str) -> bool:
+        """Tell whether a gate still has a deposit open; remove it otherwise."""
+        archive = open_.archive
+        path = archive.incoming / (pack_id + _PUT_ASIDE)
+        if not path.exists():
+            return False
+        if archive.is_locked(path):
+            return True
+        archive.remove(path)
+        return False
+
+    # --- certificates
+
+    def finalize(self) -> None:
+        """Sign the final certificate of each erasure whose key versions are all destroyed."""
+        with self._vault.admitting():
+            open_ = self._vault.opened
+            if open_ is None:
+                return
+            destroyed = {r.old: r.destroyed for r in open_.ledger.rotations() if r.destroyed}
+            for erasure in open_.ledger.erasures():
+                if erasure.erased and not erasure.final and all(v in destroyed for v in erasure.versions):
+                    self._vault.auditor.record("erasure-final", erasure=erasure.id)
+                    self._certify(open_, erasure, {v: destroyed[v] for v in erasure.versions})
+                    erasure.final = _now()
+                    open_.ledger.set_erasure(erasure)
+
+    def _certify(self, open_: Open, erasure: Erasure, destroyed: dict[int, str]) -> None:
+        document = {
+            "format": 1,
+            "id": erasure.id,
+            "store_id": open_.ring.header.store_id,
+            "state": "final" if destroyed else "pending",
+            "study_tag": erasure.tag.hex(),
+            "erasure_begun": erasure.begun,
+            "erased": erasure.erased,
+            "uid": erasure.uid,
+            "packs": erasure.packs,
+            "instances": erasure.instances,
+            "method": "study keys deleted, packs unlinked; their wrapping key versions destroyed with their anchors",
+            "versions": [
+                {
+                    "version": record.version,
+                    "anchor": record.anchor.provider,
+                    "grade": open_.ring.grade(record.version),
+                    "destroyed": destroyed.get(record.version, ""),
+                }
+                for record in open_.ring.body.versions
+                if record.version in erasure.versions
+            ],
+            "not_covered": [*_NOT_COVERED, *([_KEY_SHARED] if _SHARED in erasure.versions else [])],
+            "signed": _now(),
+        }
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        encoding.replace(self._folder / f"{erasure.id}.json", signed.write(LABEL, document, open_.ring.signing))
+        encoding.sync_folder(self._folder.parent)
+
+
+def certificates(folder: Path, signing_key: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the certificates in a folder.
+
+    Raises:
+        SignedError: One is not this store's.
+        OSError: It cannot be read.
+    """
+    for path in sorted(folder.glob("*.json")):
+        yield signed.read(LABEL, path.read_bytes(), signing_key)
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

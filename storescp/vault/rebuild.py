@@ -1,0 +1,89 @@
+"""Rebuilding keyring and anchors from a recovery export and shares, beside what a backup of files brought back."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pwd
+from datetime import UTC, datetime
+from pathlib import Path
+
+from keys import encoding, recovery, shares, slots
+from keys.anchors import AnchorError, FileAnchors
+from keys.keyring import KeyringError
+from keys.shares import RecoveryError
+from storescp.config import Config
+from storescp.errors import StrongroomError
+
+
+def rebuild(config: Config, export: bytes, typed: list[str], key_file: Path) -> list[int]:
+    """Write a new keyring, new anchors, the deposit keys, and a new key file; return the versions that open.
+
+    Raises:
+        StrongroomError: The shares do not open the export, a vault runs, or something is in the way.
+    """
+    try:
+        secret = shares.combine(typed)
+        try:
+            contents = recovery.open_export(export, secret, config.signing_key)
+        finally:
+            secret[:] = bytes(len(secret))
+    except RecoveryError as error:
+        raise StrongroomError(
+            f"the export does not open: {error}", hint="type each share as it stands on paper"
+        ) from error
+    for folder, mode in ((config.store_path, 0o700), (config.public, 0o755), (config.incoming, 0o700)):
+        if not folder.exists():
+            folder.mkdir(mode=mode, parents=True)
+            folder.chmod(mode)
+    with config.lock.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StrongroomError("a vault runs on this store", hint="stop it first") from None
+        return _rebuild(config, contents, key_file)
+
+
+def _rebuild(config: Config, contents: recovery.Contents, key_file: Path) -> list[int]:
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    try:
+        if config.anchors.exists() and any(config.anchors.glob("anchor-*")):
+            raise StrongroomError(
+                f"{config.anchors} holds anchors already",
+                hint="put that folder aside if they are damaged, and begin again",
+            )
+        anchors = FileAnchors(config.anchors)
+        if not config.anchors.exists():
+            anchors.prepare()
+        content = slots.new_key_file()
+        ring = recovery.rebuild(contents, [(slots.parse_key_file(content), "rebuilt")], anchors, now)
+        encoding.create(key_file, content)
+        if config.keyring.exists():
+            os.rename(config.keyring, config.keyring.with_name(f"keyring-{now.replace(':', '')}"))
+        ring.write(config.keyring)
+        for name in ("objects", "quarantine", "admitting"):
+            (config.store_path / name).mkdir(mode=0o700, exist_ok=True)
+        for record in ring.body.versions:
+            if record.state != recovery.DESTROYED:
+                signed_file = ring.version(record.version).deposit_key().signed_file(ring.signing, now)
+                encoding.replace(config.public / f"deposit-{record.version}.key", signed_file, mode=0o644)
+        versions = [record.version for record in ring.body.versions if record.state != recovery.DESTROYED]
+        ring.forget()
+        _hand_over(config)
+    except (RecoveryError, KeyringError, AnchorError) as error:
+        raise StrongroomError(f"the keyring cannot be rebuilt: {error}") from error
+    except OSError as error:
+        raise StrongroomError(f"the keyring cannot be rebuilt: {error.filename}: {error.strerror}") from error
+    return versions
+
+
+def _hand_over(config: Config) -> None:
+    """Give what root made to the store's owner."""
+    owner = config.store_path.stat()
+    if os.geteuid() != 0 or owner.st_uid == 0:
+        return
+    group = pwd.getpwuid(owner.st_uid).pw_gid
+    for folder in (config.anchors, config.public):
+        os.chown(folder, owner.st_uid, group)
+    for path in (config.keyring, config.lock, *config.anchors.iterdir(), *config.public.glob("deposit-*.key")):
+        os.chown(path, owner.st_uid, group)
