@@ -6,6 +6,8 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 VENV := .venv
 BIN := $(VENV)/bin
 VAR := var
+# Tests wait more than they work: one process a core and one more.
+JOBS := 3
 CONFIG := $(VAR)/strongroom.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -42,7 +44,7 @@ test: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --cov --cov-report=term:skip-covered
+	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --cov --cov-report=term:skip-covered
 
 # Every point at which a process can be killed, and 200 rounds of random kills; STRONGROOM_CRASH_SEED repeats a run.
 crash: $(VENV)/test.stamp

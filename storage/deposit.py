@@ -200,10 +200,12 @@ class Deposits:
         return self._under_way > 0 or self._clock() - self._begun_at < _IDLE_SECONDS
 
     def _free_pack(self, study: str) -> OpenPack | None:
+        if self._fence is not None:
+            self._fence.look()
         with self._lock:
             self._begun_at = self._clock()
             for found in self._free:
-                if found.study == study:
+                if found.study == study and not self._is_fenced(found):
                     self._free.remove(found)
                     return found
         return None

@@ -99,10 +99,11 @@ class KeysDatabase:
             )
             self._db.execute("UPDATE last_admission SET number = ?", [place.admission])
 
-    def remove(self, pack_id: str) -> None:
-        """Remove a pack's record, from the file and from the log in front of it."""
+    def remove(self, *pack_ids: str) -> None:
+        """Remove the records of packs, from the file and, as far as no reader is in the way, from the log before it."""
         with transaction(self._db):
-            self._db.execute("DELETE FROM study_key WHERE pack_id = ?", [pack_id])
+            for pack_id in pack_ids:
+                self._db.execute("DELETE FROM study_key WHERE pack_id = ?", [pack_id])
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def find(self, pack_id: str) -> StudyKeyRecord | None:

@@ -181,11 +181,11 @@ class Sender(threading.Thread):
         self.failed: list[BaseException] = []
         self.studies = threading.Semaphore(0)
         self._send, self._next = send_study, first
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self.start()
 
     def run(self) -> None:
-        while not self._stop.is_set():
+        while not self._ended.is_set():
             try:
                 self.acknowledged |= self._send(self._next)
             except BaseException as error:
@@ -198,7 +198,7 @@ class Sender(threading.Thread):
             assert self.studies.acquire(timeout=60)
 
     def finish(self) -> None:
-        self._stop.set()
+        self._ended.set()
         self.join(60)
         assert not self.is_alive()
 
@@ -397,7 +397,7 @@ def test_a_vault_killed_before_any_step_of_a_rotation_goes_on_with_it(make_serve
         # Renames and unlinks are the steps; of the rest there is much more.
         chance = random.Random(SEED)
         steps = [point for point in points if point[0] in {"rename", "unlink"}]
-        points = [*chance.sample(steps, 6), *chance.sample([p for p in points if p not in steps], 4)]
+        points = [*chance.sample(steps, 4), *chance.sample([p for p in points if p not in steps], 2)]
     for call, when in points:
         run(call, when)
         assert held(server) == expected, (call, when)
@@ -541,7 +541,7 @@ def test_a_deposit_under_the_old_key_that_was_there_before_is_admitted(make_serv
     server = make_server()
     expected = filled(server)
     # Nothing was admitted yet: no vault ran.
-    assert len(server.deposits()) == 4
+    assert len([path for path in server.deposits() if path.suffix != ".events"]) == 4
     assert PROVED in server.ok("keys", "rotate", "--reason", "a test", *WAIVERS).out
     assert held(server) == expected
     assert server.status()["quarantine"] == 0
@@ -884,7 +884,7 @@ def test_a_full_disk_while_the_databases_are_copied_changes_nothing(make_server:
                 under_way = Rotate(vault).run(0, "a test", WAIVED)
                 with pytest.raises(StrongroomError, match="the rotation stopped"):
                     for event in under_way:
-                        if event["kind"] == "step" and "rewrapped" in event["text"]:
+                        if "rewrapped" in event.get("text", "") and not ballast.exists():
                             free = shutil.disk_usage(server.store).free
                             ballast.write_bytes(bytes(free - copied * 1024))
                 open_ = vault.unlocked()
@@ -951,6 +951,19 @@ def test_readers_work_through_the_switch_of_the_databases(make_server: Callable[
             with open_.reader() as reader:
                 assert reader.version == 5
         assert {path.name for path in server.store.glob("*-*.db")} == {"index-5.db", "ledger-5.db"}
+
+
+def test_a_connection_that_waited_for_a_reader_during_the_switch_is_not_lent_again(
+    make_server: Callable[[], Server],
+) -> None:
+    server = make_server()
+    filled(server)
+    with unlocked(server) as vault:
+        with vault.unlocked().reader() as before:
+            assert before.version == 1
+        rotate(vault)
+        with vault.unlocked().reader() as after:
+            assert after.version == 2
 
 
 # --- the proof

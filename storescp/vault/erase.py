@@ -15,7 +15,6 @@ import secrets
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from keys import encoding, signed
@@ -27,6 +26,7 @@ from storescp.config import Config
 from storescp.errors import NOTHING, StrongroomError
 from storescp.vault.admit import study_tag
 from storescp.vault.opened import Open
+from storescp.vault.recovery import opens
 from storescp.vault.state import Vault
 
 LABEL = "certificate"
@@ -38,7 +38,7 @@ _PUT_ASIDE = ".erasing"
 # What a certificate does not speak of; each is said in it.
 _NOT_COVERED = (
     "records of the audit chain, which name the study",
-    "what was exported earlier, and what the sending devices keep",
+    "instances that were exported earlier, and what the sending devices keep",
     "memory images and snapshots of the machine taken while its keys were open",
     "what arrived for the study after the erasure began",
 )
@@ -99,7 +99,10 @@ class Erase:
                     log.warning("erasure %s waits for %d packs that are being received into", erasure_id, left)
             except (StrongroomError, OSError, DatabaseError) as error:
                 log.error("erasure %s is not done yet: %s", erasure_id, error)
-        self.finalize()
+        try:
+            self.finalize()
+        except (StrongroomError, OSError, DatabaseError) as error:
+            log.error("certificates stay pending: %s", error)
 
     def _begin(self, uid: int, study: str, reason: str) -> Erasure:
         """Record the intent, or find the one that was recorded before."""
@@ -211,10 +214,7 @@ class Erase:
 
     def _erase(self, open_: Open, erasure: Erasure) -> None:
         keys_db, archive = open_.keys_db, open_.archive
-        for pack_id in erasure.packs:
-            if keys_db.find(pack_id) is not None:
-                keys_db.remove(pack_id)
-        keys_db.forget()
+        keys_db.remove(*(pack_id for pack_id in erasure.packs if keys_db.find(pack_id) is not None))
         log_ = self._config.keys_db.with_name(self._config.keys_db.name + "-wal")
         if log_.exists() and log_.stat().st_size:
             raise StrongroomError(
@@ -249,8 +249,12 @@ class Erase:
             if open_ is None:
                 return
             destroyed = {r.old: r.destroyed for r in open_.ledger.rotations() if r.destroyed}
+            exports = open_.ledger.exports()
             for erasure in open_.ledger.erasures():
-                if erasure.erased and not erasure.final and all(v in destroyed for v in erasure.versions):
+                if not erasure.erased or erasure.final or any(v not in destroyed for v in erasure.versions):
+                    continue
+                # An export holds the versions' roots: whoever has its shares opens them without any anchor.
+                if not opens(exports, erasure.versions):
                     self._vault.auditor.record("erasure-final", erasure=erasure.id)
                     self._certify(open_, erasure, {v: destroyed[v] for v in erasure.versions})
                     erasure.final = _now()
@@ -285,17 +289,6 @@ class Erase:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         encoding.replace(self._folder / f"{erasure.id}.json", signed.write(LABEL, document, open_.ring.signing))
         encoding.sync_folder(self._folder.parent)
-
-
-def certificates(folder: Path, signing_key: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the certificates in a folder.
-
-    Raises:
-        SignedError: One is not this store's.
-        OSError: It cannot be read.
-    """
-    for path in sorted(folder.glob("*.json")):
-        yield signed.read(LABEL, path.read_bytes(), signing_key)
 
 
 def _now() -> str:

@@ -49,6 +49,7 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
     check_vault(config)
     with _store_lock(config):
         vault = Vault(config)
+        vault.after_unlock = Erase(vault).resume
         _unlock_by_itself(config, vault)
         server = Server(Access(vault).handle, frozenset({0, os.geteuid()}))
         if single is not None:

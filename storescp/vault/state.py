@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from keys import keyring, slots
 from keys.anchors import AnchorError, FileAnchors
@@ -33,6 +33,8 @@ class Vault:
         self._anchors = FileAnchors(config.anchors)
         self._open: Open | None = None
         self._state = threading.RLock()
+        # What has to be finished before anything is admitted; set once by who knows it.
+        self.after_unlock: Callable[[], None] = lambda: None
         self._wrong = 0
         self._wrong_lock = threading.Lock()
 
@@ -85,6 +87,7 @@ class Vault:
                 opened.close()
                 raise
             self._open = opened
+            self.after_unlock()
         log.info("unlocked")
 
     def try_unlock(self, secret: slots.Secret, uid: int) -> None:
