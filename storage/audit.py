@@ -8,47 +8,35 @@ Source: docs/format.md, section 8.
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import fcntl
-import hashlib
 import os
-import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from keys import encoding
-from keys.seal import context, u64
+from storage.auditlines import CHECKPOINT as _CHECKPOINT
+from storage.auditlines import LINE_LIMIT, LOCK, AuditError, Checkpoint, Head, Record, Walk, place
+from storage.auditlines import RECORD as _RECORD
+from storage.auditlines import begin as _begin
+from storage.auditlines import following as _next
+from storage.auditlines import signed as _signed
+
+__all__ = ["AuditError", "Chain", "Checkpoint", "Entry", "Head", "Verified", "hash_of", "place", "read", "verify"]
 
 RECORD_LIMIT = 256 << 10
-_LINE_LIMIT = 512 << 10
 _FILE_BYTES = 16 << 20
-_NAME = re.compile(r"[0-9]{16}\.log", re.ASCII)
-_RECORD = re.compile(rb"R ([1-9][0-9]{0,15}) ([a-z0-9-]{1,40}) ([A-Za-z0-9+/=]+) ([0-9a-f]{64})", re.ASCII)
-_CHECKPOINT = re.compile(
-    rb"C ([1-9][0-9]{0,15}) (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) ([0-9a-f]{64}) ([A-Za-z0-9+/=]{88})", re.ASCII
-)
+_APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 # Seals a record under a context; the name of the key it took goes into the line.
 SealFunction = Callable[[bytes, bytes], bytes]
 # Opens what the named key sealed under a context.
 OpenFunction = Callable[[str, bytes, bytes], bytes]
-
-
-class AuditError(Exception):
-    """A chain is broken, or cannot be appended to; the message names file and record."""
-
-
-class Head(msgspec.Struct, frozen=True):
-    """The last record of a chain, or of what is known of it; number 0 before the first."""
-
-    number: int
-    hash: bytes
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -60,23 +48,17 @@ class Entry(msgspec.Struct, frozen=True):
     content: bytes
 
 
-class Checkpoint(msgspec.Struct, frozen=True):
-    """A head that the store signed."""
-
-    number: int
-    time: str
-    hash: bytes
-
-
 class Verified(msgspec.Struct, frozen=True):
-    """What a check found: how many records follow from each other, the last good checkpoint, the first fault in words.
+    """What a check found: the last record that follows from the first, the last good checkpoint, the first fault.
 
-    ``unsigned`` records stand behind the last checkpoint: they follow from it, but nobody vouches for them yet.
+    ``fault`` is empty where there is none; ``record`` is the record that it is about. ``unsigned`` records stand behind
+    the last checkpoint: they follow from it, but nobody vouches for them yet.
     """
 
     head: Head
     checkpoint: Checkpoint | None
     fault: str
+    record: int = 0
 
     @property
     def unsigned(self) -> int:
@@ -85,7 +67,10 @@ class Verified(msgspec.Struct, frozen=True):
 
 
 class Chain:
-    """A chain that this process appends to. Safe to use from many threads."""
+    """A chain that this process appends to. Safe to use from many threads.
+
+    ``head`` is its last record; ``cut`` says how many bytes of a torn line were cut off when it was opened.
+    """
 
     def __init__(self, folder: Path, store_id: bytes, signing_key: bytes, *, file_bytes: int = _FILE_BYTES) -> None:
         """Take hold of a chain, and cut off what a crash left of its last line.
@@ -97,30 +82,41 @@ class Chain:
             file_bytes: At which size a new file begins.
 
         Raises:
-            AuditError: Another process appends, or the last file is broken.
+            AuditError: Another process appends, or the last file or its last checkpoint is broken.
             OSError: It cannot be read or made.
         """
         self._folder = folder
         self._store_id = store_id
         self._file_bytes = file_bytes
         self._lock = threading.Lock()
-        self._faulty = ""
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self._holding = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._refused = ""
+        self._descriptor = self._holding = -1
+        self._file: Path | None = None
+        self.head = _begin(store_id)
+        self._size = self.cut = 0
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            encoding.sync_folder(folder.parent)
+        self._holding = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(self._holding, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._recover(signing_key)
         except BlockingIOError:
-            os.close(self._holding)
+            self.close()
             raise AuditError("another process appends to the audit chain") from None
-        try:
-            self._file, self._size, self.head = self._last(signing_key)
         except BaseException:
-            os.close(self._holding)
+            self.close()
             raise
 
     def close(self) -> None:
         """Let go of the chain."""
-        os.close(self._holding)
+        with self._lock:
+            self._refused = "the audit chain is closed"
+            # The lock last: nobody may append before the last append of ours is over.
+            for descriptor in (self._descriptor, self._holding):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._descriptor = self._holding = -1
 
     def append(
         self,
@@ -141,253 +137,146 @@ class Chain:
             time: Of the checkpoint, ``2026-01-31T12:00:00Z``.
 
         Raises:
-            AuditError: The chain was changed by somebody else, or could not be brought back after an error.
+            AuditError: A record is too long, or a name or time malformed; the chain was changed by somebody else, is
+                closed, or could not be brought back after an error. Nothing was written.
             OSError: The disk refused it; the chain is as before.
         """
+        if (longest := max(map(len, records), default=0)) > RECORD_LIMIT:
+            raise AuditError(f"a record of {longest} bytes is too long for the audit chain")
         with self._lock:
-            if self._faulty:
-                raise AuditError(self._faulty)
-            head = self.head
-            lines = []
+            if self._refused:
+                raise AuditError(self._refused)
+            head, lines = self.head, []
             for content in records:
-                if len(content) > RECORD_LIMIT:
-                    raise AuditError(f"a record of {len(content)} bytes is too long for the audit chain")
                 sealed = seal(content, place(self._store_id, head))
                 head = _next(self._store_id, head, key, sealed)
-                lines.append(f"R {head.number} {key} {base64.b64encode(sealed).decode()} {head.hash.hex()}\n")
-            if signing is not None and head.number:
+                lines.append(f"R {head.number} {key} {base64.b64encode(sealed).decode()} {head.hash.hex()}".encode())
+            if signing is not None and records:
                 signature = base64.b64encode(signing.sign(_signed(self._store_id, head, time))).decode()
-                lines.append(f"C {head.number} {time} {head.hash.hex()} {signature}\n")
-            self._write("".join(lines).encode())
+                lines.append(f"C {head.number} {time} {head.hash.hex()} {signature}".encode())
+            # A line that no reader takes would break the chain for good.
+            for line in lines:
+                if len(line) >= LINE_LIMIT or not (_RECORD.fullmatch(line) or _CHECKPOINT.fullmatch(line)):
+                    raise AuditError("a key's name, a checkpoint's time or a seal is malformed; nothing was recorded")
+            if lines:
+                self._write(b"".join(line + b"\n" for line in lines))
             self.head = head
             return head
 
     def _write(self, content: bytes) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        if self._file is not None:
+            self._unchanged(self._file)
         if self._file is None or self._size >= self._file_bytes:
-            file = self._folder / f"{self.head.number + 1:016}.log"
-            descriptor = os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o600)
-            # Known only now: a disk without room for a name is asked again at the next append.
-            self._file, self._size = file, 0
-        else:
-            descriptor = os.open(self._file, flags)
+            self._begin_file()
         try:
-            if os.fstat(descriptor).st_size != self._size:
-                raise AuditError(f"somebody else changed {self._file.name} of the audit chain")
+            if self._size == 0:
+                # Here and not where it was made: where that failed, the next append must make up for it.
+                encoding.sync_folder(self._folder)
+            view = memoryview(content)
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+            os.fdatasync(self._descriptor)
+        except BaseException:
             try:
-                view = memoryview(content)
-                while view:
-                    view = view[os.write(descriptor, view) :]
-                os.fdatasync(descriptor)
-                # Also where an earlier try made the file and failed then.
-                if not self._size:
-                    encoding.sync_folder(self._folder)
+                os.ftruncate(self._descriptor, self._size)
+                os.fdatasync(self._descriptor)
             except OSError:
-                self._back(descriptor)
-                raise
-        finally:
-            os.close(descriptor)
+                self._refused = "the audit chain could not be brought back after an error; start the vault again"
+            raise
         self._size += len(content)
 
-    def _back(self, descriptor: int) -> None:
-        try:
-            os.ftruncate(descriptor, self._size)
-            os.fdatasync(descriptor)
-        except OSError:
-            self._faulty = "the audit chain could not be brought back after an error; start the vault again"
+    def _begin_file(self) -> None:
+        file = self._folder / f"{self.head.number + 1:016}.log"
+        descriptor = os.open(file, _APPENDING | os.O_CREAT | os.O_EXCL, 0o600)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._file, self._descriptor, self._size = file, descriptor, 0
 
-    def _last(self, signing_key: bytes) -> tuple[Path | None, int, Head]:
-        found = _files(self._folder)
-        if not found:
-            return None, 0, _begin(self._store_id)
-        # What a new file's creation left before its first line.
-        if not found[-1].stat().st_size:
-            found.pop().unlink()
-            return self._last(signing_key)
-        _cut_torn(found[-1])
-        if not found[-1].stat().st_size:
-            return self._last(signing_key)
-        before = _begin(self._store_id) if len(found) == 1 else _end(found[-2])
-        checked = _check(found[-1:], self._store_id, signing_key, before=before)
-        if checked.fault:
-            raise AuditError(f"the audit chain is broken: {checked.fault}")
-        return found[-1], found[-1].stat().st_size, checked.head
+    def _unchanged(self, file: Path) -> None:
+        ours = os.fstat(self._descriptor)
+        with contextlib.suppress(FileNotFoundError):
+            named = os.stat(file, follow_symlinks=False)
+            if (named.st_dev, named.st_ino, named.st_size) == (ours.st_dev, ours.st_ino, self._size):
+                return
+        raise AuditError(f"somebody else changed {file.name} of the audit chain", self.head.number)
+
+    def _recover(self, signing_key: bytes) -> None:
+        walk = Walk(self._folder, self._store_id, since=sys.maxsize)
+        try:
+            for found in walk:
+                # Those of the file before are not looked at: a later one covers what they do.
+                if isinstance(found, Checkpoint) and walk.last:
+                    walk.check(found, signing_key)
+        except AuditError as error:
+            raise AuditError(f"the audit chain is broken: {error}", error.record) from None
+        self.head, self._file, self._size = walk.head, walk.file, walk.end
+        if self._file is not None:
+            self._descriptor = os.open(self._file, _APPENDING)
+            self.cut = os.fstat(self._descriptor).st_size - self._size
+            if self.cut > 0:
+                os.ftruncate(self._descriptor, self._size)
+            # What a process wrote that was killed before it synced counts from now on, so that it must be durable.
+            os.fsync(self._descriptor)
+            encoding.sync_folder(self._folder)
 
 
 def verify(folder: Path, store_id: bytes, signing_key: bytes, *, known: Head | None = None) -> Verified:
     """Check a chain from its first record on, without opening any.
 
     Args:
-        folder: ``audit/``, or a copy of it.
+        folder: ``audit/``, or a copy of it. While somebody appends to it, it ends at the last whole line.
         store_id: 16 bytes.
         signing_key: The store's raw Ed25519 public key.
         known: A head that was seen before and kept elsewhere: the chain must have come through it.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: It cannot be read. A folder that is not there is an empty chain.
     """
-    return _check(_files(folder), store_id, signing_key, known)
+    walk, checkpoint = Walk(folder, store_id), None
+    try:
+        for found in walk:
+            if isinstance(found, Checkpoint):
+                walk.check(found, signing_key)
+                checkpoint = found
+            elif known is not None and known.number == found.number and known.hash != found.hash:
+                raise walk.fault(
+                    f"record {known.number} is another than the one that was seen before (hash {known.hash.hex()})",
+                    known.number,
+                )
+        if known is not None and known.number > walk.head.number:
+            raise AuditError(
+                f"the chain ends with record {walk.head.number}, but {known.number} was seen before"
+                f" (hash {known.hash.hex()})",
+                walk.head.number + 1,
+            )
+    except AuditError as error:
+        return Verified(walk.head, checkpoint, str(error), error.record)
+    return Verified(walk.head, checkpoint, "")
 
 
 def read(folder: Path, store_id: bytes, open_sealed: OpenFunction, *, after: int = 0) -> Iterator[Entry]:
-    """Yield the records behind a number.
+    """Yield the records behind a number. Signatures are not checked, hashes are: from the file before on.
 
     Raises:
         AuditError: The chain is broken, or a record does not open.
         OSError: It cannot be read.
     """
-    files = _files(folder)
-    head: Head | None = None
-    for position, file in enumerate(files):
-        # The record before the first that is wanted is needed, too: its hash is what that one is bound to.
-        if position + 1 < len(files) and _first(files[position + 1]) <= after:
-            continue
-        for number, key, sealed, hash_ in _records(file):
-            if number > after and (head is not None or number == 1):
-                before = head or _begin(store_id)
-                try:
-                    content = open_sealed(key, sealed, place(store_id, before))
-                except Exception as error:
-                    raise AuditError(f"{file.name}: record {number} does not open: {error}") from error
-                yield Entry(number, key, hash_, content)
-            head = Head(number, hash_)
+    walk = Walk(folder, store_id, since=after + 1)
+    for found in walk:
+        if isinstance(found, Record) and found.number > after:
+            try:
+                content = open_sealed(found.key, found.sealed, place(store_id, found.before))
+            except Exception as error:
+                raise walk.fault(f"record {found.number} does not open: {error}", found.number) from error
+            yield Entry(found.number, found.key, found.hash, content)
 
 
 def hash_of(folder: Path, number: int) -> bytes | None:
-    """Return the hash of a record as it stands in a chain, or None where the chain has no such record.
+    """Return the hash of a record as it stands in a chain, unchecked, or None where the chain has no such record.
 
     Raises:
-        AuditError: What stands there is no chain.
+        AuditError: What stands before it is no chain.
         OSError: It cannot be read.
     """
-    for file in reversed(_files(folder)):
-        if _first(file) <= number:
-            return next((hash_ for found, _, _, hash_ in _records(file) if found == number), None)
-    return None
-
-
-def place(store_id: bytes, before: Head) -> bytes:
-    """Return what a record's seal is bound to: the store, its number, and all records before it."""
-    return context("audit", store_id, u64(before.number + 1), before.hash)
-
-
-def _check(
-    files: list[Path], store_id: bytes, signing_key: bytes, known: Head | None = None, before: Head | None = None
-) -> Verified:
-    public = Ed25519PublicKey.from_public_bytes(signing_key)
-    head, checkpoint = before or _begin(store_id), None
-    try:
-        for file in files:
-            if _first(file) != head.number + 1:
-                raise AuditError(f"records are missing: {file.name} follows record {head.number}")
-            for line in _lines(file):
-                if found := _CHECKPOINT.fullmatch(line):
-                    checkpoint = _checked(file, found, store_id, head, public)
-                    continue
-                number, key, sealed, hash_ = _parsed(file, line, head.number + 1)
-                following = _next(store_id, head, key, sealed)
-                if number != following.number:
-                    raise AuditError(f"{file.name}: record {following.number} should follow, and {number} does")
-                if hash_ != following.hash:
-                    raise AuditError(f"{file.name}: record {number} is not what was written, or not what follows")
-                head = following
-                if known is not None and known.number == number and known.hash != hash_:
-                    raise AuditError(f"{file.name}: record {number} is another than the one that was seen before")
-        if known is not None and known.number > head.number:
-            raise AuditError(f"the chain ends with record {head.number}, but {known.number} was seen before")
-    except AuditError as error:
-        return Verified(head, checkpoint, str(error))
-    return Verified(head, checkpoint, "")
-
-
-def _checked(file: Path, found: re.Match[bytes], store_id: bytes, head: Head, public: Ed25519PublicKey) -> Checkpoint:
-    time = found[2].decode()
-    said = Head(int(found[1]), bytes.fromhex(found[3].decode()))
-    if said != head:
-        raise AuditError(f"{file.name}: the checkpoint of record {said.number} does not fit record {head.number}")
-    try:
-        public.verify(_decoded(file, found[4], head.number), _signed(store_id, head, time))
-    except InvalidSignature:
-        raise AuditError(f"{file.name}: this store did not sign the checkpoint of record {head.number}") from None
-    return Checkpoint(head.number, time, head.hash)
-
-
-def _records(file: Path) -> Iterator[tuple[int, str, bytes, bytes]]:
-    number = _first(file)
-    for line in _lines(file):
-        if not line.startswith(b"C "):
-            found = _parsed(file, line, number)
-            yield found
-            number = found[0] + 1
-
-
-def _end(file: Path) -> Head:
-    head = None
-    for number, _, _, hash_ in _records(file):
-        head = Head(number, hash_)
-    if head is None:
-        raise AuditError(f"the audit chain is broken: {file.name} holds no record")
-    return head
-
-
-def _parsed(file: Path, line: bytes, expected: int) -> tuple[int, str, bytes, bytes]:
-    found = _RECORD.fullmatch(line)
-    if found is None:
-        raise AuditError(f"{file.name}: where record {expected} should be stands something else")
-    return int(found[1]), found[2].decode(), _decoded(file, found[3], int(found[1])), bytes.fromhex(found[4].decode())
-
-
-def _decoded(file: Path, text: bytes, number: int) -> bytes:
-    try:
-        decoded = base64.b64decode(text, validate=True)
-    except binascii.Error:
-        decoded = b""
-    # Only one text for each content: another spelling of the same bytes is a change, too.
-    if base64.b64encode(decoded) != text:
-        raise AuditError(f"{file.name}: record {number} is not what was written, or not what follows")
-    return decoded
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    """Yield lines without their ends, in bounded memory."""
-    with file.open("rb") as content:
-        while line := content.readline(_LINE_LIMIT):
-            if not line.endswith(b"\n"):
-                raise AuditError(f"{file.name}: a line is not whole, or longer than any record")
-            yield line[:-1]
-
-
-def _cut_torn(file: Path) -> None:
-    """Cut off a last line without an end: what a crash left of an append that nobody was told of."""
-    with file.open("r+b") as content:
-        size = content.seek(0, os.SEEK_END)
-        content.seek(max(0, size - 64 * _LINE_LIMIT))
-        tail = content.read()
-        end = size - len(tail) + tail.rfind(b"\n") + 1
-        if end != size:
-            content.truncate(end)
-            os.fdatasync(content.fileno())
-
-
-def _files(folder: Path) -> list[Path]:
-    with contextlib.suppress(FileNotFoundError):
-        return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-    return []
-
-
-def _first(file: Path) -> int:
-    return int(file.stem)
-
-
-def _begin(store_id: bytes) -> Head:
-    return Head(0, hashlib.sha256(context("audit-begin", store_id)).digest())
-
-
-def _next(store_id: bytes, before: Head, key: str, sealed: bytes) -> Head:
-    number = before.number + 1
-    content = context("audit-chain", store_id, u64(number), before.hash, key.encode(), sealed)
-    return Head(number, hashlib.sha256(content).digest())
-
-
-def _signed(store_id: bytes, head: Head, time: str) -> bytes:
-    return context("audit-checkpoint", store_id, u64(head.number), time.encode(), head.hash)
+    walk = Walk(folder, since=number)
+    return next((found.hash for found in walk if isinstance(found, Record) and found.number == number), None)

@@ -215,8 +215,8 @@ class Server:
         return list(done.json()["items"])
 
     def deposits(self) -> list[Path]:
-        """Return what lies in ``incoming/`` under a pack's name; the gate prepares files for packs to come, too."""
-        return [path for path in self.incoming.iterdir() if path.suffix != ".new"]
+        """Return what lies in ``incoming/`` under a pack's name: no files made ahead, no events of the gate."""
+        return [path for path in self.incoming.iterdir() if path.suffix not in {".new", ".events"}]
 
     def wait_admitted(self, seconds: float = 30, *, by_asking: bool = False) -> None:
         """Wait until nothing waits; ``by_asking`` where no vault runs: one that is asked for a list admits."""

@@ -526,7 +526,7 @@ def _takes_four(stack: contextlib.ExitStack, target: Target) -> bool:
     return True
 
 
-# --- wrong certificates; tests/test_peers.py has what else binds a peer
+# --- wrong certificates; tests/test_closed.py has what else binds a peer
 
 
 def test_a_peer_with_the_certificate_of_another_is_refused(site: Site) -> None:

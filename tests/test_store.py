@@ -205,7 +205,7 @@ def test_admission_yields_to_those_who_receive_and_ask_however_the_vault_is_star
     own = os.nice(0)
     command = ["nice", "-n", str(started), sys.executable, "-m", "storescp", "--config", str(server.config), "vault"]
     server.start_command(command, "vault")
-    server.wait_log("admitted 1 packs")
+    server.wait_log("admitted 1 pack")
     [vault] = server.pids("vault")
     tasks = [int(task.name) for task in Path(f"/proc/{vault}/task").iterdir()]
     nice = {task: os.getpriority(os.PRIO_PROCESS, task) for task in tasks}

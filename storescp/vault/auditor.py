@@ -36,6 +36,7 @@ from storescp.log import escape
 
 _KEY = "audit"
 _DEPOSIT = "deposit-"
+_GONE = "gone-with-its-version"
 _QUIET_SECONDS = 10.0
 _SHORT = 128
 # A record leaves room for what a transcript puts around it.
@@ -193,6 +194,8 @@ class Auditor:
                     after = 0
                 for entry in audit.read(self._folder, self._store_id, self.opens, after=after):
                     content = _decoded(entry)
+                    if content.get("type") == _GONE:
+                        continue
                     if entry.key.startswith(_DEPOSIT):
                         copies[entry.number] = {
                             "time": _now(),
@@ -231,7 +234,7 @@ class Auditor:
                 before.close()
 
     def opens(self, key: str, sealed: bytes, place: bytes) -> bytes:
-        """Return a record.
+        """Return a record; of one that a destroyed version sealed, that it is gone: its transcript has the content.
 
         Raises:
             SealError: It does not open.
@@ -242,7 +245,10 @@ class Auditor:
             raise SealError("the vault is locked")
         if key == _KEY:
             return open_sealed(sealed, ring.body.audit_key, place)
-        return ring.version(int(key.removeprefix(_DEPOSIT))).open_record(sealed, place)
+        number = int(key.removeprefix(_DEPOSIT))
+        if any(record.version == number and record.state == "destroyed" for record in ring.body.versions):
+            return encoding.canonical({"time": "", "type": _GONE, "version": number})
+        return ring.version(number).open_record(sealed, place)
 
     def _keep_head(self) -> None:
         if self._ledger is None or self._chain is None:

@@ -33,13 +33,18 @@ from storescp.config import Config
 from storescp.errors import LOCKED, StrongroomError
 from storescp.vault.erase import Erase
 from storescp.vault.opened import Open
+from storescp.vault.recovery import covers
 from storescp.vault.state import Vault
 
 _BATCH = 500
 # How long to wait for workers that make a pack under the old version just now, and for packs that are still open.
 _LOCK_SECONDS = 30.0
 _DRAIN_SECONDS = 60.0
-_CONFIRMATIONS = ("export", "backup")
+# What a new version must be in before the old one goes. No command makes backups yet: that one is always waived.
+_CONFIRMATIONS = {
+    "export": "a recovery export with the new version is confirmed or waived",
+    "backup": "a backup made since is confirmed or waived",
+}
 
 log = logging.getLogger(__name__)
 
@@ -301,12 +306,12 @@ class Rotate:
 
     def waits_for(self, rotation: Rotation) -> str:
         """Return what the old version's anchor still waits for, in words; empty for nothing."""
-        missing = [kind for kind in _CONFIRMATIONS if kind not in rotation.waived]
+        confirmed = covers(self._vault.unlocked().ledger.exports(), rotation.version)
+        settled = {*rotation.waived, *(["export"] if confirmed else [])}
+        missing = [kind for kind in _CONFIRMATIONS if kind not in settled]
         if missing:
-            ways = " and ".join(
-                f"a recovery {m} with the new version" if m == "export" else f"a {m} made since" for m in missing
-            )
-            return f"{ways} is confirmed or waived (--without-{missing[0]} REASON)"
+            ways = " and ".join(_CONFIRMATIONS[kind] for kind in missing)
+            return f"{ways} (--without-{missing[0]} REASON)"
         due = _time(rotation.proved) + timedelta(days=self._config.settings.keys.destroy_after_days)
         return f"{due:%Y-%m-%dT%H:%M:%SZ}" if datetime.now(UTC) < due else self._still_named(rotation.old)
 

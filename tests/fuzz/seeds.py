@@ -292,7 +292,7 @@ def _chains() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         chain = audit.Chain(Path(folder), unlocked.store_id, unlocked.header.signing_key)
         for number in range(4):
-            records = [b'{"n":%d}' % n for n in range(number)] + [b"ab"[:number]]
+            records = [b'{"n":%d}' % n for n in range(number)] + [b"abc"[: number + 1]]
             key = "audit" if number % 2 else "deposit-1"
             signing = unlocked.signing if number % 2 else None
             chain.append(records, key, lambda content, _: content, signing=signing, time="2026-01-31T12:00:00Z")

@@ -206,7 +206,12 @@ def with_header(content: bytes, raw: bytes) -> bytes:
     return MAGIC + u32(len(raw)) + raw + content[12 + length :]
 
 
-REMOVED = object()
+class _Gone:
+    def __repr__(self) -> str:
+        return "gone"
+
+
+REMOVED = _Gone()
 
 
 def changed_header(content: bytes, change: dict[str, Any]) -> bytes:

@@ -150,7 +150,12 @@ def test_a_slot_whose_id_is_no_hex_does_not_open(made: dict[str, Slot], kind: st
     assert locked(msgspec.structs.replace(made[kind], id=identity), SECRETS[kind])
 
 
-REMOVED = object()
+class _Gone:
+    def __repr__(self) -> str:
+        return "gone"
+
+
+REMOVED = _Gone()
 
 
 @pytest.mark.parametrize(

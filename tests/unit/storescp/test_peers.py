@@ -145,6 +145,16 @@ OTHER_PRINT = "sha256:" + "ab" * 32
         (f'names = ["{NAMED}"]', Proof("f", "k", frozenset({NAMED}), frozenset({OTHER_PRINT})), False),
         (f'names = ["{NAMED}"]', Proof("f", "k", frozenset({NAMED})), False),
     ],
+    ids=[
+        "key",
+        "another key",
+        "no key",
+        "name",
+        "name among others",
+        "another name",
+        "another authority",
+        "no authority",
+    ],
 )
 def test_a_key_or_a_name_of_an_authority_binds(bound: str, proof: Proof, accepted: bool) -> None:
     known = one_peer(f'ae_title = "CT1"\nauthority = "{AUTHORITY}"\n{bound}\n')

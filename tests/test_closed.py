@@ -690,7 +690,7 @@ def test_a_peer_has_its_associations_over_all_workers_and_one_more_when_one_ende
     write(limited, "CT1", maximum_associations=1)
     limited.start("gate")
     who = device(limited)
-    words = "calling AE title CT1: it has its 1 associations already"
+    words = "calling AE title CT1: it has as many associations as it may, 1"
     with associated(limited, who) as first:
         # Whichever worker it comes to: connections go to the one that has fewest.
         for _ in range(3):
@@ -871,7 +871,7 @@ def test_what_comes_without_tls_from_the_named_peer_is_stored_and_in_the_archive
 ) -> None:
     server, port = open_server
     server.start()
-    assert any("WITHOUT TLS" in line and "behind the VPN of CT1" in line and str(port) in line for line in server.log)
+    server.wait_log(f":{port} listens WITHOUT TLS for CT1, OTHER: behind the VPN of CT1")
     sent = instance()
     with associated(server, plain(), port=port) as association:
         assert scu.store(association, sent).Status == 0
