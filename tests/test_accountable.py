@@ -725,8 +725,8 @@ def test_a_restart_loses_nothing(acted: Server) -> None:
     assert after[: len(before)] == before
     assert [record["number"] for record in after] == list(range(1, len(after) + 1))
     assert len(of_type(acted, "vault-started")) == 3
-    # Killed once, so that it stopped once with a word.
-    assert len(of_type(acted, "vault-stopped")) == 1
+    # Killed once, with or without time for a last word.
+    assert len(of_type(acted, "vault-stopped")) in {1, 2}
 
 
 # --- secrets, floods, and a gate that lies

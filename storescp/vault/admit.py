@@ -491,6 +491,9 @@ class Admission:
             try:
                 if time.time() - path.lstat().st_mtime > _UNFINISHED_SECONDS and not self._archive.is_locked(path):
                     path.unlink()
+            except FileNotFoundError:
+                # It was finished meanwhile, and has its name.
+                continue
             except OSError:
                 self._say_once(path.name, f"{path.name} in incoming is no deposit and cannot be removed")
 
