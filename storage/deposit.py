@@ -151,6 +151,8 @@ class Deposits:
         self._spares: list[Spare] = []
         self._begun_at = clock()
         self._under_way = 0
+        # The newest version as of the last look.
+        self._version = 0
 
     def check(self) -> None:
         """Prove that deposits can be made: a key is published and the folder is there.
@@ -217,7 +219,8 @@ class Deposits:
         with self._lock:
             self._under_way -= 1
         full = leased.end >= self._size_limit or leased.records >= _RECORDS
-        if leased.broken or full or self._is_fenced(leased):
+        # A sender that never pauses must not keep an old key version in use.
+        if leased.broken or full or leased.version < self._version or self._is_fenced(leased):
             self._close_pack(leased)
             return
         with self._lock:
@@ -231,7 +234,7 @@ class Deposits:
 
     def close_idle(self) -> None:
         """Close the packs that nothing was added to for a while, and those of an older key version."""
-        version = self._keys.current().version
+        version = self._version = self._keys.current().version
         latest = self._clock() - self._idle_seconds
         if self._fence is not None:
             self._fence.look()
