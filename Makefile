@@ -6,8 +6,8 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 VENV := .venv
 BIN := $(VENV)/bin
 VAR := var
-# Tests wait more than they work: one process a core and one more.
-JOBS := 3
+# Two tests at a time: many wait for each other's processes, and more at a time make waits long.
+JOBS := 2
 CONFIG := $(VAR)/strongroom.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

@@ -517,7 +517,10 @@ def restart(machine: Machine, unit: str) -> None:
 
 def started(machine: Machine, unit: str, old: int) -> bool:
     """Tell whether a service is ready in another process than before."""
-    return machine.show(unit, "ActiveState") == "active" and machine.main(unit) != old
+    # For a moment systemd names a process that is dead already.
+    with contextlib.suppress(AssertionError):
+        return machine.show(unit, "ActiveState") == "active" and machine.main(unit) != old
+    return False
 
 
 def owner(pid: int) -> int:
