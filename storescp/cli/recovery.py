@@ -6,7 +6,6 @@ import base64
 import os
 import shutil
 import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import msgspec
 
 from keys import encoding, recovery, shares
 from keys.shares import RecoveryError
+from storescp import clock
 from storescp.cli import output
 from storescp.cli.session import config_of, vault
 from storescp.errors import NOTHING, StrongroomError
@@ -65,7 +65,7 @@ def init(given: str | None, /, count: int, threshold: int, printer: str | None, 
     with vault(config_of(given)) as client:
         store = client.json("GET", "/v1/status")["store_id"]
         try:
-            key, made = shares.new_recovery(bytes.fromhex(store), count, threshold, created=_now())
+            key, made = shares.new_recovery(bytes.fromhex(store), count, threshold, created=clock.now())
         except RecoveryError as error:
             raise StrongroomError(str(error)) from error
         pages = [
@@ -247,7 +247,3 @@ def _in_lines(words: str) -> str:
 def _row(made: dict[str, Any]) -> list[Any]:
     versions = ", ".join(str(v) for v in made["versions"])
     return [made["id"], made["recovery"], made["created"], versions, made["confirmed"], made["retired"]]
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

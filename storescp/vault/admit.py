@@ -18,7 +18,6 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from keys.anchors import AnchorError
@@ -33,6 +32,7 @@ from storage.keysdb import KeysDatabase, StudyKeyRecord
 from storage.ledger import Decision, Ledger
 from storage.packfile import OpenedPack, PackFile, Record, Unreadable, frames_digest
 from storage.sqlite import DatabaseError
+from storescp import clock
 from storescp.vault.examine import Examiner, Findings, Judged, frames, open_pack
 from storescp.vault.judge import OTHER_KEY, Verdict
 
@@ -447,7 +447,7 @@ class Admission:
     # --- telling
 
     def _report(self, pack_id: str, found: Unreadable) -> None:
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = clock.now()
         if self._index.note_unreadable(pack_id, found.offset, found.reason, now):
             log.error("pack %s at offset %d does not open: %s", pack_id, found.offset, found.reason)
 

@@ -14,7 +14,6 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 from keys import encoding, signed
@@ -22,6 +21,7 @@ from keys.signed import SignedError
 from storage.deposit import FENCE
 from storage.ledger import Erasure
 from storage.sqlite import DatabaseError
+from storescp import clock
 from storescp.config import Config
 from storescp.errors import NOTHING, StrongroomError
 from storescp.vault.admit import study_tag
@@ -107,7 +107,7 @@ class Erase:
     def _begin(self, uid: int, study: str, reason: str) -> Erasure:
         """Record the intent, or find the one that was recorded before."""
         # Before the look at what waits: what was acknowledged up to here is found.
-        begun = _now()
+        begun = clock.now()
         self._vault.admit()
         open_ = self._vault.unlocked()
         tag = study_tag(open_.ring, study)
@@ -147,7 +147,7 @@ class Erase:
         except (OSError, SignedError):
             told = None
         if packs != told:
-            document = {"created": _now(), "format": 1, "packs": packs, "store_id": open_.ring.header.store_id}
+            document = {"created": clock.now(), "format": 1, "packs": packs, "store_id": open_.ring.header.store_id}
             encoding.replace(path, signed.write(FENCE, document, open_.ring.signing), mode=0o644)
 
     def _go_on(self, erasure_id: str) -> int:
@@ -169,7 +169,7 @@ class Erase:
             left = sum(self._is_left(open_, pack_id) for pack_id in erasure.fenced)
             if not left:
                 self._vault.auditor.record("erased", erasure=erasure.id, packs=len(erasure.packs))
-                erasure.erased = _now()
+                erasure.erased = clock.now()
                 self._certify(open_, erasure, {})
                 open_.ledger.set_erasure(erasure)
                 self._fence(open_)
@@ -257,7 +257,7 @@ class Erase:
                 if not opens(exports, erasure.versions):
                     self._vault.auditor.record("erasure-final", erasure=erasure.id)
                     self._certify(open_, erasure, {v: destroyed[v] for v in erasure.versions})
-                    erasure.final = _now()
+                    erasure.final = clock.now()
                     open_.ledger.set_erasure(erasure)
 
     def _certify(self, open_: Open, erasure: Erasure, destroyed: dict[int, str]) -> None:
@@ -284,12 +284,8 @@ class Erase:
                 if record.version in erasure.versions
             ],
             "not_covered": [*_NOT_COVERED, *([_KEY_SHARED] if _SHARED in erasure.versions else [])],
-            "signed": _now(),
+            "signed": clock.now(),
         }
         self._folder.mkdir(mode=0o700, exist_ok=True)
         encoding.replace(self._folder / f"{erasure.id}.json", signed.write(LABEL, document, open_.ring.signing))
         encoding.sync_folder(self._folder.parent)
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

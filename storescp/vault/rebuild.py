@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import pwd
-from datetime import UTC, datetime
 from pathlib import Path
 
 from keys import encoding, recovery, shares, slots
 from keys.anchors import AnchorError, FileAnchors
 from keys.keyring import KeyringError
 from keys.shares import RecoveryError
+from storescp import clock
 from storescp.config import Config
 from storescp.errors import StrongroomError
 
@@ -45,7 +45,7 @@ def rebuild(config: Config, export: bytes, typed: list[str], key_file: Path) -> 
 
 
 def _rebuild(config: Config, contents: recovery.Contents, key_file: Path) -> list[int]:
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    now = clock.now()
     try:
         if config.anchors.exists() and any(config.anchors.glob("anchor-*")):
             raise StrongroomError(

@@ -6,13 +6,12 @@ Source: docs/design.md, "Recovery"; docs/format.md, section 9.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from keys import encoding, recovery
 from keys.anchors import AnchorError
 from keys.keyring import KeyringError
 from keys.shares import RecoveryError, RecoveryKey
 from storage.ledger import RecoveryExport
+from storescp import clock
 from storescp.config import Config
 from storescp.errors import NOTHING, StrongroomError
 from storescp.vault.opened import Open
@@ -66,7 +65,7 @@ class Recovery:
 
     def _export(self, open_: Open, uid: int, key: RecoveryKey) -> tuple[RecoveryExport, bytes]:
         try:
-            content = recovery.export(open_.ring, key, _now())
+            content = recovery.export(open_.ring, key, clock.now())
             header = recovery.read_header(content, open_.ring.header.signing_key)
         except (RecoveryError, KeyringError, AnchorError) as error:
             raise StrongroomError(str(error)) from error
@@ -97,7 +96,7 @@ class Recovery:
                     f"no export {export_id} was made here", hint="'strongroom recovery list'", status=NOTHING
                 )
             self._vault.auditor.record("recovery-confirmed", uid=uid, export=export_id)
-            made.confirmed = _now()
+            made.confirmed = clock.now()
             open_.ledger.set_export(made)
             return made
 
@@ -117,7 +116,7 @@ class Recovery:
             open_.ring.write(self._config.keyring)
             for made in open_.ledger.exports():
                 if made.recovery == recovery_id and not made.retired:
-                    made.retired = _now()
+                    made.retired = clock.now()
                     open_.ledger.set_export(made)
 
 
@@ -129,7 +128,3 @@ def covers(exports: list[RecoveryExport], version: int) -> bool:
 def opens(exports: list[RecoveryExport], versions: list[int]) -> list[str]:
     """Return the recovery keys whose shares still open one of these versions."""
     return sorted({e.recovery for e in exports if not e.retired and set(e.versions) & set(versions)})
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

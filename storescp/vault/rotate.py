@@ -29,6 +29,7 @@ from storage.keysdb import KeysDatabase, StudyKeyRecord
 from storage.ledger import Rotation
 from storage.pack import PAGE, PackError, parse_header
 from storage.sqlite import DatabaseError
+from storescp import clock
 from storescp.config import Config
 from storescp.errors import LOCKED, StrongroomError
 from storescp.vault.erase import Erase
@@ -143,7 +144,7 @@ class Rotate:
                     open_.ledger.set_rotation(rotation)
                 return None
             newest = max(r.version for r in open_.ring.body.versions)
-            under_way = under_way or Rotation(newest + 1, newest, uid, reason, _now())
+            under_way = under_way or Rotation(newest + 1, newest, uid, reason, clock.now())
             under_way.waived |= waived
             if under_way.version > newest:
                 self._vault.auditor.record(
@@ -163,7 +164,7 @@ class Rotate:
         """
         ring, before = open_.ring, [(record, record.state) for record in open_.ring.body.versions]
         try:
-            ring.add_version(_now())
+            ring.add_version(clock.now())
             ring.write(self._config.keyring)
         except BaseException:
             # What is wrapped under a version that no keyring on the disk has is lost at the next start.
@@ -181,7 +182,7 @@ class Rotate:
         if not path.exists():
             key = open_.ring.version(version).deposit_key()
             # Whole under its name, or not there: gates take it up at once, and refuse everything with a part of it.
-            encoding.replace(path, key.signed_file(open_.ring.signing, _now()), mode=0o644)
+            encoding.replace(path, key.signed_file(open_.ring.signing, clock.now()), mode=0o644)
 
     def _seal_off(self, open_: Open, rotation: Rotation) -> None:
         """Wait until no worker can make another pack under the old version; keep which there are.
@@ -292,12 +293,12 @@ class Rotate:
             "old": rotation.old,
             "records": count,
             "digest": digest.hexdigest(),
-            "time": _now(),
+            "time": clock.now(),
         }
         content = encoding.canonical(proof)
         signature = encoding.to_base64(open_.ring.signing.sign(context("rotation-proof") + content)).decode()
         rotation.proof = encoding.canonical({"proof": proof, "signature": signature}).decode()
-        rotation.proved = _now()
+        rotation.proved = clock.now()
         with self._step(open_):
             self._vault.auditor.record("rotation-proved", version=rotation.version, proof=proof, signature=signature)
             open_.ledger.set_rotation(rotation)
@@ -312,8 +313,8 @@ class Rotate:
         if missing:
             ways = " and ".join(_CONFIRMATIONS[kind] for kind in missing)
             return f"{ways} (--without-{missing[0]} REASON)"
-        due = _time(rotation.proved) + timedelta(days=self._config.settings.keys.destroy_after_days)
-        return f"{due:%Y-%m-%dT%H:%M:%SZ}" if datetime.now(UTC) < due else self._still_named(rotation.old)
+        due = clock.parse(rotation.proved) + timedelta(days=self._config.settings.keys.destroy_after_days)
+        return clock.text(due) if datetime.now(UTC) < due else self._still_named(rotation.old)
 
     def _still_named(self, version: int) -> str:
         open_ = self._vault.unlocked()
@@ -343,7 +344,7 @@ class Rotate:
                 open_.ring.destroy_version(rotation.old)
                 open_.ring.write(self._config.keyring)
                 (self._config.public / f"deposit-{rotation.old}.key").unlink(missing_ok=True)
-                rotation.destroyed = _now()
+                rotation.destroyed = clock.now()
                 open_.ledger.set_rotation(rotation)
                 destroyed.append(rotation.old)
                 log.warning("key version %d is destroyed", rotation.old)
@@ -409,11 +410,3 @@ def _holders(path: Path) -> str:
             if len(fields) > 5 and fields[5].rpartition(":")[2] == inode and fields[4] != str(os.getpid()):
                 found.append(fields[4])
     return f"process {', '.join(found)}" if found else "a process"
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _time(text: str) -> datetime:
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)

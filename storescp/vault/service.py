@@ -21,7 +21,8 @@ from storescp.config import Config
 from storescp.control import Server
 from storescp.errors import StrongroomError
 from storescp.harden import check_vault
-from storescp.vault.access import Access, total_loss
+from storescp.vault.api import Access
+from storescp.vault.api.status import total_loss
 from storescp.vault.erase import Erase
 from storescp.vault.rotate import Rotate
 from storescp.vault.state import Vault

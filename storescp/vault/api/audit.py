@@ -1,0 +1,82 @@
+"""The audit chain, and acts beside the vault that it records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
+
+from storescp.control import Request, Response, json_response, lines_response
+from storescp.errors import StrongroomError
+from storescp.vault.api.requests import Routes
+from storescp.vault.state import Vault
+
+
+class ActRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """An act of an admin beside the vault, which is recorded before it is done."""
+
+    type: Literal["peer-added", "peer-renewing", "peer-renewed", "peer-removed"]
+    peer: str
+
+
+class AuditRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Which records to read: those behind a number, of some types, since a time (RFC 3339)."""
+
+    after: int = 0
+    types: list[str] = msgspec.field(default_factory=list)
+    since: str = ""
+
+
+class RestartRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Why a new chain begins."""
+
+    reason: str
+
+
+class Audit:
+    """Requests about the audit chain."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+        self._auditor = vault.auditor
+
+    def routes(self) -> Routes:
+        """Return what is answered here."""
+        return {
+            ("GET", "/v1/peers"): self._peers,
+            ("POST", "/v1/acts"): self._act,
+            ("GET", "/v1/audit"): self._audit_head,
+            ("POST", "/v1/audit"): self._audit,
+            ("POST", "/v1/audit/restart"): self._audit_restart,
+        }
+
+    def _peers(self, _request: Request) -> Response:
+        return json_response({"format": 1, "items": self._auditor.certificate_uses()})
+
+    def _act(self, request: Request) -> Response:
+        asked: ActRequest = request.json(ActRequest)
+        self._auditor.record(asked.type, uid=request.uid, peer=asked.peer)
+        return json_response({"recorded": True})
+
+    def _audit_head(self, _request: Request) -> Response:
+        head = self._auditor.head
+        known = {"number": head.number, "hash": head.hash.hex()} if head else None
+        return json_response({"format": 1, "head": known, "fault": self._auditor.fault})
+
+    def _audit(self, request: Request) -> Response:
+        asked: AuditRequest = request.json(AuditRequest)
+        self._vault.unlocked()
+        self._auditor.record("audit-read", uid=request.uid, after=asked.after, types=asked.types, since=asked.since)
+        return lines_response(self._records(asked))
+
+    def _records(self, asked: AuditRequest) -> Iterator[dict[str, Any]]:
+        for record in self._auditor.read(asked.after):
+            if (not asked.types or record["type"] in asked.types) and str(record["time"]) >= asked.since:
+                yield record
+
+    def _audit_restart(self, request: Request) -> Response:
+        asked: RestartRequest = request.json(RestartRequest)
+        if not asked.reason.strip():
+            raise StrongroomError("a new chain needs a reason")
+        return json_response({"aside": str(self._auditor.restart(request.uid, asked.reason))})

@@ -1,0 +1,178 @@
+"""Unlocking, and what the store holds: lists, instances, certificates, and looking after it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from keys import authority
+from keys.anchors import AnchorError
+from keys.keyring import KeyringError
+from keys.seal import SealError, plain_length
+from storage.archive import Archive
+from storage.pack import PackError
+from storage.packfile import PackFile
+from storage.search import LEVELS, FilterError, Filters
+from storescp.control import Request, Response, json_response, lines_response
+from storescp.errors import StrongroomError
+from storescp.vault.api.requests import Routes, SecretRequest
+from storescp.vault.examine import open_pack
+from storescp.vault.state import Vault
+from storescp.vault.verify import verify
+
+log = logging.getLogger(__name__)
+
+
+class SearchRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """What to list."""
+
+    level: str
+    filters: Filters = msgspec.field(default_factory=Filters)
+
+
+class IssueRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """A certificate to issue: for a peer by name, or for a server by names and addresses."""
+
+    csr: bytes
+    peer: str = ""
+    server: list[str] = msgspec.field(default_factory=list)
+    days: int = 730
+
+
+class VerifyRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """How fast to read, in MB/s; 0 for as fast as it goes."""
+
+    rate: float = 0.0
+
+
+class Store:
+    """Requests about the store as a whole."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+        self._auditor = vault.auditor
+
+    def routes(self) -> Routes:
+        """Return what is answered here."""
+        return {
+            ("POST", "/v1/unlock"): self._unlock,
+            ("POST", "/v1/lock"): self._lock,
+            ("POST", "/v1/search"): self._search,
+            ("POST", "/v1/certificates"): self._issue,
+            ("POST", "/v1/verify"): self._verify,
+            ("POST", "/v1/reindex"): self._reindex,
+            ("POST", "/v1/upgrade"): self._upgrade,
+        }
+
+    def _unlock(self, request: Request) -> Response:
+        self._vault.try_unlock(request.json(SecretRequest).secret(), request.uid)
+        return json_response({"locked": False})
+
+    def _lock(self, request: Request) -> Response:
+        self._vault.lock(uid=request.uid)
+        return json_response({"locked": True})
+
+    def _upgrade(self, request: Request) -> Response:
+        self._auditor.record("upgrade", uid=request.uid)
+        return json_response({"done": self._vault.upgrade(request.json(SecretRequest).secret())})
+
+    def _search(self, request: Request) -> Response:
+        asked: SearchRequest = request.json(SearchRequest)
+        if asked.level not in LEVELS:
+            raise StrongroomError(f"no such level: {asked.level}")
+        self._vault.unlocked()
+        self._auditor.record("query", uid=request.uid, level=asked.level, filters=msgspec.to_builtins(asked.filters))
+        self._vault.admit()
+        rows = self._rows(asked)
+        try:
+            # The first row is fetched before the answer begins: a bad filter is an error and no broken answer.
+            first = next(rows, None)
+        except FilterError as error:
+            raise StrongroomError(str(error)) from error
+        return lines_response(itertools.chain([] if first is None else [first], rows))
+
+    def _rows(self, asked: SearchRequest) -> Iterator[dict[str, Any]]:
+        with self._vault.unlocked().reader() as reader:
+            for row in reader.index.search(asked.level, asked.filters):
+                if asked.level == "instance":
+                    row["bytes"] = plain_length(row.pop("dataset_length"))
+                yield row
+
+    def instance(self, request: Request, text: str) -> Response:
+        """Stream one data set, named by its pack and object id: both stay when a pack is admitted."""
+        found = re.fullmatch(r"([0-9a-f]{32})/([0-9a-f]{32})", text, re.ASCII)
+        if found is None:
+            raise StrongroomError("no such instance")
+        opened = self._vault.unlocked()
+        with opened.reader() as reader:
+            place = reader.index.at(found[1], bytes.fromhex(found[2]))
+            if place is None:
+                raise StrongroomError("no such instance")
+            self._auditor.exporting(request.uid, reader.index.study_of(place.pack_id))
+            file = _open_file(opened.archive, place.pack_id)
+            try:
+                content = open_pack(file, opened.ring, reader.keys_db.find(place.pack_id)).dataset(place.frame)
+            except (SealError, KeyringError, AnchorError, PackError) as error:
+                file.close()
+                raise StrongroomError(f"pack {place.pack_id} does not open: {error}") from error
+        # Its length is known, but chunks can end with the word that they are not whole.
+        return Response(_reading(file, content))
+
+    def _verify(self, request: Request) -> Response:
+        asked: VerifyRequest = request.json(VerifyRequest)
+        opened = self._vault.unlocked()
+        self._auditor.record("verify", uid=request.uid)
+        self._vault.admit()
+        return lines_response(verify(opened, rate=asked.rate * 1e6), at_once=True)
+
+    def _reindex(self, request: Request) -> Response:
+        with self._vault.admitting():
+            opened = self._vault.unlocked()
+            self._auditor.record("reindex", uid=request.uid)
+            opened.admission.reindex()
+            opened.admission.catch_up()
+            return json_response(opened.index.counts())
+
+    def _issue(self, request: Request) -> Response:
+        asked: IssueRequest = request.json(IssueRequest)
+        ca = self._vault.unlocked().ring.body.authority
+        if ca is None:
+            raise StrongroomError(
+                "this store has no certificate authority of its own",
+                hint="bind a certificate of yours: 'strongroom peer add TITLE --certificate FILE'",
+            )
+        now = datetime.now(UTC)
+        self._auditor.record(
+            "certificate-issued", uid=request.uid, peer=asked.peer, server=asked.server, days=asked.days
+        )
+        try:
+            if asked.server:
+                pem = authority.issue_server(ca, asked.csr, asked.server, now, asked.days)
+            else:
+                pem = authority.issue_peer(ca, asked.csr, asked.peer, now, asked.days)
+        except authority.RequestError as error:
+            raise StrongroomError(str(error)) from error
+        log.info("issued a certificate")
+        return json_response({"certificate": pem.decode(), "authority": ca.certificate})
+
+
+def _open_file(archive: Archive, pack_id: str) -> PackFile:
+    # Admission may move a pack between finding it and opening it; it moves only once.
+    for _ in range(2):
+        path = archive.find(pack_id)
+        if path is not None:
+            with suppress(FileNotFoundError):
+                return PackFile(path)
+    raise StrongroomError(f"pack {pack_id} is missing", hint="restore it from a backup, or have it sent again")
+
+
+def _reading(file: PackFile, content: Iterator[bytes]) -> Iterator[bytes]:
+    with file:
+        yield from content
