@@ -11,9 +11,9 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from keys import encoding
 from keys.seal import context, derive, u32
@@ -21,7 +21,7 @@ from keys.token import AttachedToken, TokenError
 
 Grade = Literal["clear", "purge"]
 # By provider, so that it can be said of an anchor that is destroyed or whose token is not attached.
-GRADES: dict[str, Grade] = {"file": "clear", "pkcs11": "purge"}
+GRADES: dict[str, Grade] = {"file": "clear", "pkcs11": "purge", "pkcs11-software": "clear"}
 
 _FILE_ID = re.compile(r"anchor-[1-9][0-9]{0,9}")
 _TOKEN_ID = re.compile(r"strongroom-anchor-([1-9][0-9]{0,9})-[0-9a-f]{32}@((?:[0-9a-f]{2})*)")
@@ -37,22 +37,32 @@ class AnchorError(Exception):
     """An anchor is not here, or cannot be made, read or destroyed."""
 
 
+class AnchorTokenError(AnchorError):
+    """The token that holds an anchor is not here, or does not do what is asked."""
+
+
+class Anchor(NamedTuple):
+    """An anchor as a keyring names it."""
+
+    id: str
+    provider: str
+
+
 class Anchors(Protocol):
     """Where anchors live."""
 
     @property
-    def provider(self) -> str:
-        """The name by which a keyring says whose an anchor is."""
+    def providers(self) -> tuple[str, ...]:
+        """The names by which a keyring says that an anchor is one of these."""
 
-    @property
-    def grade(self) -> Grade:
-        """What destroying an anchor achieves, in the words of NIST SP 800-88."""
-
-    def create(self, version: int) -> str:
-        """Make the anchor of a version and return its id."""
+    def create(self, version: int) -> Anchor:
+        """Make the anchor of a version."""
 
     def key(self, anchor_id: str, store_id: bytes, version: int) -> bytearray:
         """Return the key that seals V_v, 32 bytes."""
+
+    def check(self, anchor_id: str) -> None:
+        """Raise AnchorError where an anchor is out of reach, so that it cannot be destroyed now."""
 
     def destroy(self, anchor_id: str) -> None:
         """Destroy an anchor; returns when it is gone, also if it was gone before."""
@@ -102,18 +112,17 @@ class FileAnchors(_Folder):
     one is out of reach, so never *purge*.
     """
 
-    provider = "file"
-    grade = GRADES[provider]
+    providers = ("file",)
 
-    def create(self, version: int) -> str:
-        """Make the anchor of a version and return its id.
+    def create(self, version: int) -> Anchor:
+        """Make the anchor of a version.
 
         Raises:
             FileExistsError: There is one.
         """
         name = f"anchor-{version}"
         encoding.create(self._folder / name, secrets.token_bytes(32))
-        return name
+        return Anchor(name, "file")
 
     def key(self, anchor_id: str, store_id: bytes, version: int) -> bytearray:
         """Return the key that seals V_v.
@@ -136,6 +145,11 @@ class FileAnchors(_Folder):
             return bytearray(derive(memoryview(secret)[:32], 32, info))
         finally:
             secret[:] = bytes(33)
+
+    def check(self, anchor_id: str) -> None:
+        """Raise AnchorError where the anchors folder is not here."""
+        if not self._folder.is_dir():
+            raise AnchorError(f"the anchors folder {self._folder} is not here")
 
     def destroy(self, anchor_id: str) -> None:
         """Overwrite an anchor with random bytes, durably, and then remove it, durably.
@@ -160,45 +174,55 @@ class FileAnchors(_Folder):
 class TokenAnchors(_Folder):
     """Anchors as non-extractable HMAC keys of a PKCS#11 token, one a version.
 
-    Its grade is the token's: with a token that is only software, such as SoftHSM, nothing is purged.
+    A token that is only software purges nothing: its anchors are of a provider, and so of a grade, of their own.
     """
 
-    provider = "pkcs11"
-    grade = GRADES[provider]
+    providers = ("pkcs11", "pkcs11-software")
 
-    def __init__(self, folder: Path, token: AttachedToken) -> None:
-        """Use a token that somebody attached, and closes.
+    def __init__(self, folder: Path, attach: Callable[[], AttachedToken]) -> None:
+        """Use a token that is attached for each use: it need not be there between two, and no PIN is kept.
 
         Args:
             folder: The anchors folder, for the record of generations.
-            token: Must stay attached while versions are made, opened or destroyed.
+            attach: Logs in; what it returns is closed here.
         """
         super().__init__(folder)
-        self._token = token
+        self._attach = attach
 
-    def create(self, version: int) -> str:
-        """Make the anchor of a version and return its id: the key's label and the token's serial number.
+    def create(self, version: int) -> Anchor:
+        """Make the anchor of a version; its id is the key's label and the token's serial number.
 
         Raises:
-            AnchorError: The token is gone or cannot make it.
+            AnchorTokenError: The token is not here or cannot make it.
         """
         # Random: a token can hold anchors of several stores, and one that a crash left without a keyring naming it.
         label = f"strongroom-anchor-{version}-{secrets.token_hex(16)}"
-        with _as_anchor_error():
-            self._token.create_key(label)
-        return f"{label}@{self._token.serial}"
+        with _as_anchor_error(f"an anchor for version {version} cannot be made"), self._attach() as token:
+            token.create_key(label)
+            return Anchor(f"{label}@{token.serial}", self.providers[token.software])
 
     def key(self, anchor_id: str, store_id: bytes, version: int) -> bytearray:
         """Return the key that seals V_v.
 
         Raises:
-            AnchorError: The anchor or the token is not here.
+            AnchorTokenError: The token is not here, or the anchor is not on it.
+            AnchorError: The id is none of this version's.
         """
         found = _TOKEN_ID.fullmatch(anchor_id)
         if found is None or int(found[1]) != version:
             raise AnchorError(f"version {version} names an anchor of another version")
-        with _as_anchor_error():
-            return self._token.hmac(anchor_id.partition("@")[0], context("derive/anchor-token", store_id, u32(version)))
+        label = anchor_id.partition("@")[0]
+        with _as_anchor_error(f"the anchor of version {version} cannot be used"), self._attach() as token:
+            # A token of another serial number may be the one that replaces the first, with its keys.
+            if not token.has_key(label):
+                _must_be(token, found)
+            return token.hmac(label, context("derive/anchor-token", store_id, u32(version)))
+
+    def check(self, anchor_id: str) -> None:
+        """Raise AnchorTokenError where the token that an anchor was made on is not here."""
+        found = _token_id(anchor_id)
+        with _as_anchor_error(f"the anchor of version {found[1]} is out of reach"), self._attach() as token:
+            _must_be(token, found)
 
     def destroy(self, anchor_id: str) -> None:
         """Destroy an anchor on the token that it was made on.
@@ -206,17 +230,11 @@ class TokenAnchors(_Folder):
         Raises:
             AnchorError: It is not proved that the anchor is gone.
         """
-        found = _TOKEN_ID.fullmatch(anchor_id)
-        if found is None:
-            raise AnchorError(f"{anchor_id!r} is not the name of an anchor on a token")
-        # Another token of the same label has no such key either, and that would look like a destroyed one.
-        if found[2] != self._token.serial:
-            raise AnchorError(
-                f"the anchor of version {found[1]} is on the token with serial number {_serial(found[2])}, "
-                f"attached is {_serial(self._token.serial)}: attach the other to destroy it"
-            )
-        with _as_anchor_error():
-            self._token.destroy_key(anchor_id.partition("@")[0])
+        found = _token_id(anchor_id)
+        with _as_anchor_error(f"the anchor of version {found[1]} cannot be destroyed"), self._attach() as token:
+            # Another token of the same label has no such key either, and that would look like a destroyed one.
+            _must_be(token, found)
+            token.destroy_key(anchor_id.partition("@")[0])
 
 
 class AnchorSet:
@@ -224,7 +242,7 @@ class AnchorSet:
 
     def __init__(self, first: Anchors, *others: Anchors) -> None:
         self.first = first
-        self._by_provider = {anchors.provider: anchors for anchors in (*reversed(others), first)}
+        self._by_provider = {name: anchors for anchors in (*reversed(others), first) for name in anchors.providers}
 
     def of(self, provider: str) -> Anchors:
         """Return the anchors of a provider.
@@ -235,7 +253,8 @@ class AnchorSet:
         try:
             return self._by_provider[provider]
         except KeyError:
-            raise AnchorError(f"no anchors of the kind {provider!r} are attached") from None
+            named = " (keys.anchor_token)" if provider in TokenAnchors.providers else ""
+            raise AnchorError(f"no anchors of the kind {provider!r} are configured{named}") from None
 
     def generation(self, store_id: bytes) -> int:
         """Return the highest keyring generation seen.
@@ -265,11 +284,26 @@ def _overwrite(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_anchor_error() -> Iterator[None]:
+def _as_anchor_error(what: str) -> Iterator[None]:
     try:
         yield
     except TokenError as error:
-        raise AnchorError(str(error)) from error
+        raise AnchorTokenError(f"{what}: {error}") from error
+
+
+def _token_id(anchor_id: str) -> re.Match[str]:
+    found = _TOKEN_ID.fullmatch(anchor_id)
+    if found is None:
+        raise AnchorError(f"{anchor_id!r} is not the name of an anchor on a token")
+    return found
+
+
+def _must_be(token: AttachedToken, anchor: re.Match[str]) -> None:
+    if anchor[2] != token.serial:
+        raise TokenError(
+            f"it is on the token {token.label!r} with serial number {_serial(anchor[2])}, "
+            f"attached is {_serial(token.serial)}: attach the other"
+        )
 
 
 def _serial(text: str) -> str:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.constant_time import bytes_eq
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 
 from keys import encoding, slots
-from keys.anchors import GRADES, Anchors, AnchorSet, Grade
+from keys.anchors import GRADES, AnchorError, Anchors, AnchorSet, Grade, TokenAnchors
 from keys.seal import SealError, context, open_sealed, seal, u32, u64
 from keys.shares import RecoveryKey
 from keys.versions import Version, new_key, store_id_of
@@ -51,14 +51,19 @@ class AnchorReference(msgspec.Struct, forbid_unknown_fields=True):
     provider: str
 
 
-class VersionRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """A version as the keyring holds it; ``root`` is sealed under its anchor."""
+class VersionRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A version as the keyring holds it; ``root`` is sealed under its anchor.
+
+    ``former``: anchors that the root had before (the store was rebuilt) and that are not proved to be destroyed. Left
+    out where there is none: only a keyring that has one is refused by a release that does not know of them.
+    """
 
     anchor: AnchorReference
     created: str
     root: bytes
     state: str
     version: int
+    former: list[AnchorReference] = msgspec.field(default_factory=list)
 
 
 class Authority(msgspec.Struct, forbid_unknown_fields=True):
@@ -121,6 +126,30 @@ class Keyring:
             self._versions[number] = Version(self.store_id, number, root)
         return self._versions[number]
 
+    def open_versions(self) -> dict[int, Exception]:
+        """Open every version that is not destroyed, so that no anchor is needed until the next is made.
+
+        Returns:
+            By version, why one does not open: KeyringError or AnchorError.
+        """
+        trouble: dict[int, Exception] = {}
+        for record in self.body.versions:
+            if record.state != "destroyed":
+                try:
+                    self.version(record.version)
+                except (KeyringError, AnchorError) as error:
+                    trouble[record.version] = error
+        return trouble
+
+    def check_anchor(self, number: int) -> None:
+        """Raise AnchorError where a version's anchor cannot be destroyed now: its token is not here.
+
+        Raises:
+            UnknownVersionError: The keyring has none of this number.
+        """
+        anchor = self._record(number).anchor
+        self._anchors.of(anchor.provider).check(anchor.id)
+
     def grade(self, number: int) -> Grade:
         """Return what destroying a version achieves or achieved, in the words of NIST SP 800-88.
 
@@ -138,18 +167,18 @@ class Keyring:
         number = max((record.version for record in self.body.versions), default=0) + 1
         anchors = self._anchors.first
         try:
-            anchor_id = anchors.create(number)
+            made = anchors.create(number)
         except FileExistsError:
             if number == 1:
                 raise
             # A crash left it, before the keyring that would have named it was written: nothing hangs on it.
             anchors.destroy(f"anchor-{number}")
-            anchor_id = anchors.create(number)
+            made = anchors.create(number)
         root = new_key()
-        key = anchors.key(anchor_id, self.store_id, number)
+        key = anchors.key(made.id, self.store_id, number)
         sealed = seal(root, key, context("version-root", self.store_id, u32(number)))
         _zero(key)
-        reference = AnchorReference(anchor_id, anchors.provider)
+        reference = AnchorReference(made.id, made.provider)
         for record in self.body.versions:
             if record.state == "current":
                 record.state = "old"
@@ -161,7 +190,8 @@ class Keyring:
     def destroy_version(self, number: int) -> None:
         """Destroy the anchor of an old version: at once, and for good. The keyring is to be written after it.
 
-        A version whose anchor is destroyed already is no error, so that it can be repeated after a crash.
+        Former anchors go, too, where their token is here; what is left of them stays in the keyring. A version whose
+        anchor is destroyed already is no error, so that it can be repeated after a crash.
 
         Raises:
             UnknownVersionError: The keyring has none of this number.
@@ -174,9 +204,21 @@ class Keyring:
         self._anchors.of(record.anchor.provider).destroy(record.anchor.id)
         record.root = b""
         record.state = "destroyed"
+        record.former = [anchor for anchor in record.former if not self._is_destroyed(anchor)]
         opened = self._versions.pop(number, None)
         if opened is not None:
             opened.forget()
+
+    def _is_destroyed(self, anchor: AnchorReference) -> bool:
+        """Destroy a former anchor, where that can be done and proved here."""
+        if anchor.provider not in TokenAnchors.providers:
+            # It lay on another machine, or in a folder that was put aside: one of its name here is another.
+            return False
+        try:
+            self._anchors.of(anchor.provider).destroy(anchor.id)
+        except AnchorError:
+            return False
+        return True
 
     def add_slot(self, secret: slots.Secret, label: str, created: str) -> slots.Slot:
         """Add a slot that was opened once; it takes effect once the keyring is written.

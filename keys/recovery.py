@@ -8,7 +8,6 @@ Source: docs/format.md, "Recovery exports".
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
 
 import msgspec
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -17,7 +16,7 @@ from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
 from keys import encoding, keyring, slots
-from keys.anchors import AnchorError, Anchors
+from keys.anchors import AnchorError, Anchors, AnchorSet
 from keys.keyring import AnchorReference, Authority, Body, Header, Keyring, KeyringError, VersionRecord
 from keys.seal import KEY_BYTES, Key, SealError, context, open_sealed, seal, u32, u64
 from keys.shares import RecoveryError, RecoveryKey, opened
@@ -48,7 +47,10 @@ class ExportHeader(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ContainedVersion(msgspec.Struct, forbid_unknown_fields=True):
-    """A version with its root opened: empty where it was destroyed. ``anchors``: all it ever had, the last one last."""
+    """A version with its root opened: empty where it was destroyed.
+
+    ``anchors``: all that the root ever had and that are not proved to be destroyed, and its last one last.
+    """
 
     anchors: list[AnchorReference]
     created: str
@@ -70,20 +72,13 @@ class Contents(msgspec.Struct, forbid_unknown_fields=True):
     versions: list[ContainedVersion]
 
 
-def export(
-    ring: Keyring,
-    recovery: RecoveryKey,
-    created: str,
-    *,
-    former: Mapping[int, Sequence[AnchorReference]] | None = None,
-) -> bytes:
+def export(ring: Keyring, recovery: RecoveryKey, created: str) -> bytes:
     """Return a recovery export of an unlocked keyring.
 
     Args:
         ring: The keyring.
         recovery: The recovery key's public half.
         created: The time, RFC 3339.
-        former: By version, the anchors that its root had before its present one (before the store was rebuilt).
 
     Raises:
         RecoveryError: The recovery key is another store's or damaged, or a version does not open.
@@ -98,7 +93,7 @@ def export(
         signing_seed=ring.body.signing_seed,
         store_id=ring.header.store_id,
         tag_key=ring.body.tag_key,
-        versions=[_contained(ring, record, (former or {}).get(record.version, ())) for record in ring.body.versions],
+        versions=[_contained(ring, record) for record in ring.body.versions],
     )
     header = ExportHeader(
         created=created,
@@ -165,12 +160,16 @@ def open_export(content: bytes, secret: Key, signing_key: bytes | None = None) -
 
 
 def rebuild(
-    contents: Contents, secrets_and_labels: list[tuple[slots.Secret, str]], anchors: Anchors, created: str
+    contents: Contents,
+    secrets_and_labels: list[tuple[slots.Secret, str]],
+    anchors: Anchors | AnchorSet,
+    created: str,
 ) -> Keyring:
     """Return a keyring for another machine: the same store and versions, new anchors and slots. Not yet written.
 
-    Writing it gives it the generation one above the export's. The anchors are made now, so ``anchors`` must have none
-    of these versions. What anchors the roots had before stays in ``contents`` alone.
+    Writing it gives it the generation one above the export's. The anchors are made now, so a folder of anchor
+    files must have none of these versions. What anchors the roots had before, the keyring names as ``former``: whoever
+    has one of them and a keyring of that time opens the version, whatever becomes of its new anchor.
 
     Raises:
         RecoveryError: No secret was given, or an anchor cannot be made.
@@ -178,6 +177,7 @@ def rebuild(
     if not secrets_and_labels:
         raise RecoveryError("a keyring that nothing unlocks is of no use: give at least one secret")
     store_id = bytes.fromhex(contents.store_id)
+    first = anchors.first if isinstance(anchors, AnchorSet) else anchors
     root_key = new_key()
     made = [
         slots.make_slot(secret, root_key, store_id, label=label, created=created)
@@ -188,7 +188,7 @@ def rebuild(
         authority=contents.authority,
         signing_seed=contents.signing_seed,
         tag_key=contents.tag_key,
-        versions=[_sealed_anew(version, store_id, anchors) for version in contents.versions],
+        versions=[_sealed_anew(version, store_id, first) for version in contents.versions],
     )
     header = Header(
         created=created,
@@ -201,7 +201,7 @@ def rebuild(
     return Keyring(header, body, root_key, anchors)
 
 
-def _contained(ring: Keyring, record: VersionRecord, former: Sequence[AnchorReference]) -> ContainedVersion:
+def _contained(ring: Keyring, record: VersionRecord) -> ContainedVersion:
     root = b""
     if record.state != DESTROYED:
         try:
@@ -209,25 +209,28 @@ def _contained(ring: Keyring, record: VersionRecord, former: Sequence[AnchorRefe
         except (KeyringError, AnchorError) as error:
             # An export without it would look like one that rebuilds the store.
             raise RecoveryError(f"key version {record.version} cannot be exported: {error}") from None
-    return ContainedVersion([*former, record.anchor], record.created, root, record.state, record.version)
+    return ContainedVersion([*record.former, record.anchor], record.created, root, record.state, record.version)
 
 
 def _sealed_anew(version: ContainedVersion, store_id: bytes, anchors: Anchors) -> VersionRecord:
     number = version.version
     if not version.root:
-        return VersionRecord(version.anchors[-1], version.created, b"", version.state, number)
+        return VersionRecord(version.anchors[-1], version.created, b"", version.state, number, version.anchors[:-1])
     try:
-        anchor_id = anchors.create(number)
-        key = anchors.key(anchor_id, store_id, number)
+        made = anchors.create(number)
+        key = anchors.key(made.id, store_id, number)
     except FileExistsError:
         raise RecoveryError(
             f"there is an anchor of version {number} here already: rebuild with an empty anchors folder"
         ) from None
-    except (OSError, AnchorError) as error:
+    except AnchorError as error:
+        raise RecoveryError(str(error)) from None
+    except OSError as error:
         raise RecoveryError(f"the anchor of version {number} cannot be made: {error}") from None
     root = seal(version.root, key, context("version-root", store_id, u32(number)))
     key[:] = bytes(len(key))
-    return VersionRecord(AnchorReference(anchor_id, anchors.provider), version.created, root, version.state, number)
+    anchor = AnchorReference(made.id, made.provider)
+    return VersionRecord(anchor, version.created, root, version.state, number, list(version.anchors))
 
 
 def _split(content: bytes, signing_key: bytes | None) -> tuple[ExportHeader, bytes]:

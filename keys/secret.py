@@ -143,6 +143,20 @@ def read_credential(name: str) -> KeyFile:
     Raises:
         CredentialError: It is not here, or is no key file.
     """
+    try:
+        return parse_key_file(credential_content(name))
+    except CredentialError:
+        raise
+    except ValueError:
+        raise CredentialError(f"the credential {name} is not a Strongroom key file") from None
+
+
+def credential_content(name: str) -> bytes:
+    """Return the first 1,024 bytes of a systemd credential of this process.
+
+    Raises:
+        CredentialError: It is not here.
+    """
     folder = os.environ.get(_CREDENTIALS)
     if not _CREDENTIAL_NAME.fullmatch(name):
         raise CredentialError(f"{name!r} is not the name of a credential")
@@ -151,15 +165,11 @@ def read_credential(name: str) -> KeyFile:
     try:
         # Its mode says nothing: systemd gives access by an ACL or by the folder's mount.
         with (Path(folder) / name).open("rb") as file:
-            content = file.read(1024)
+            return file.read(1024)
     except OSError as error:
         raise CredentialError(
             f"the credential {name} cannot be read: {error.strerror}; see LoadCredentialEncrypted= in the unit"
         ) from error
-    try:
-        return parse_key_file(content)
-    except ValueError:
-        raise CredentialError(f"the credential {name} is not a Strongroom key file") from None
 
 
 def parse_key_file(content: bytes) -> KeyFile:

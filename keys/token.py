@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pkcs11
-from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, TokenFlag, UserType
+from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, SlotFlag, TokenFlag, UserType
 from pkcs11 import exceptions as refusals
+
+from keys.secret import Credential, CredentialError, credential_content
 
 KEY_BITS = 256
 
@@ -56,15 +58,21 @@ class WrongPinError(TokenError):
 class _Login:
     """What the process has open of one token."""
 
-    def __init__(self, session: Any, serial: bytes, pin: bytes) -> None:
+    def __init__(self, session: Any, serial: bytes, pin: bytes, *, software: bool) -> None:
         self.session = session
         self.serial = serial
         self.pin = pin
+        self.software = software
         self.users = 0
 
 
 class AttachedToken:
-    """A token that this process is logged in to, until ``close``. The PIN is not kept."""
+    """A token that this process is logged in to, until ``close``. The PIN is not kept.
+
+    Attributes:
+        serial: The token's serial number, in hex.
+        software: The token does not say that it is hardware, or says that it is SoftHSM.
+    """
 
     def __init__(self, module: str, label: str, pin: str) -> None:
         """Log in, at most once: a token counts wrong PINs, and locks itself after a few.
@@ -87,6 +95,7 @@ class AttachedToken:
             self._login = _login(self.module, label, pin)
             self._login.users += 1
         self.serial = self._login.serial.hex()
+        self.software = self._login.software
 
     def __enter__(self) -> AttachedToken:
         return self
@@ -97,7 +106,7 @@ class AttachedToken:
     def close(self) -> None:
         """Log out, if nobody else in the process uses the token. May be called again."""
         with _lock:
-            login, self._login = self._login, _Login(None, b"", b"")
+            login, self._login = self._login, _Login(None, b"", b"", software=True)
             if login.session is not None:
                 login.users -= 1
                 if login.users == 0:
@@ -220,6 +229,33 @@ def is_attached(module: str, label: str) -> bool:
         return bool(_tokens(path, label))
 
 
+def read_pin(place: Path | Credential) -> str:
+    """Return a PIN from a file or a systemd credential of this process: the first line, without its end.
+
+    Raises:
+        TokenError: It is not there, is no text, or others can read the file.
+    """
+    try:
+        if isinstance(place, Credential):
+            content = credential_content(place.name)
+        else:
+            with place.open("rb") as file:
+                if os.fstat(file.fileno()).st_mode & 0o077:
+                    raise TokenError(f"the PIN file {place} is open to others; 'chmod 600 {place}'")
+                content = file.read(1024)
+        pin = content.decode("utf-8").split("\n", 1)[0]
+    except OSError as error:
+        raise TokenError(f"the PIN file {place} cannot be read: {error.strerror}") from error
+    except CredentialError as error:
+        raise TokenError(str(error)) from error
+    except UnicodeDecodeError:
+        pin = ""
+    if not pin:
+        where = f"the credential {place.name}" if isinstance(place, Credential) else f"the PIN file {place}"
+        raise TokenError(f"{where} holds no PIN")
+    return pin
+
+
 def check_module(module: str) -> str:
     """Return the path of a PKCS#11 module, links resolved.
 
@@ -326,7 +362,8 @@ def _login(module: str, label: str, pin: str) -> _Login:
             _refused[token.serial] = known
             raise
         _refused.pop(token.serial, None)
-        login = _logins[module, label] = _Login(session, token.serial, known)
+        software = _is_software(token.manufacturer_id, token.slot.flags)
+        login = _logins[module, label] = _Login(session, token.serial, known, software=software)
     return login
 
 
@@ -340,6 +377,11 @@ def _may_try(label: str, flags: TokenFlag) -> None:
         raise refusals.PinLocked
     if flags & TokenFlag.USER_PIN_FINAL_TRY:
         raise TokenError(f"one wrong PIN more locks the token {label!r}; log in once with the token's own tools first")
+
+
+def _is_software(manufacturer: str, flags: SlotFlag) -> bool:
+    """Tell whether a token is software, or may be: hardware has a slot that says so (CKF_HW_SLOT)."""
+    return "softhsm" in manufacturer.lower() or not flags & SlotFlag.HW_SLOT
 
 
 def _log_out(module: str, login: _Login) -> None:

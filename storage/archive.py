@@ -21,7 +21,7 @@ from storage.packfile import PackFile
 # Shares the blocks of another file where the file system can (ioctl_ficlone(2)).
 _FICLONE = 0x40049409
 # Names in objects/ tell no time of day: what a study's pack was admitted at stays in the index.
-_CONSTANT_TIME = (946_684_800, 946_684_800)
+CONSTANT_TIME = (946_684_800, 946_684_800)
 
 
 class Archive:
@@ -33,6 +33,8 @@ class Archive:
         self._quarantine = root / "quarantine"
         # Copies under way; what lies here at a start is of no use to anybody.
         self._admitting = root / "admitting"
+        # Packs that a thread of this process writes just now: they are no leftovers.
+        self.building: set[str] = set()
 
     def prepare(self) -> None:
         """Make the folders of a new store."""
@@ -123,11 +125,7 @@ class Archive:
         Returns:
             The frames at their new places. ``finish`` gives the file its name.
         """
-        making = _making(target)
-        _folder(target.parent)
-        making.unlink(missing_ok=True)
-        descriptor, _ = direct.create(making, 0o600)
-        try:
+        with self.making(target) as descriptor:
             direct.write_all(descriptor, direct.page_of(source.header.bound()), 0)
             offset = pack.PAGE
             moved = []
@@ -136,14 +134,32 @@ class Archive:
                 moved.append(msgspec.structs.replace(frame, offset=offset))
                 offset = pack.page_after(moved[-1].end)
             os.ftruncate(descriptor, moved[-1].end)
+        return moved
+
+    @contextlib.contextmanager
+    def making(self, target: Path) -> Iterator[int]:
+        """Give the descriptor of a new file ``<target>.new`` to write; it is durable after that, or gone.
+
+        Raises:
+            OSError: The disk refused it.
+        """
+        making = _making(target)
+        _folder(target.parent)
+        making.unlink(missing_ok=True)
+        descriptor, _ = direct.create(making, 0o600)
+        try:
+            yield descriptor
             _seal_file(descriptor)
         except BaseException:
-            making.unlink()
+            making.unlink(missing_ok=True)
             raise
         finally:
             os.close(descriptor)
         encoding.sync_folder(target.parent)
-        return moved
+
+    def made(self, target: Path) -> Path:
+        """Return what a pack is called until ``finish`` gives it its name."""
+        return _making(target)
 
     def make_ready(self, file: PackFile) -> None:
         """Give a snapshot that is admitted whole its place as ``<pack>.new``, durably, without its wrapped key."""
@@ -153,6 +169,13 @@ class Archive:
         _seal_file(file.descriptor)
         os.rename(file.path, _making(target))
         encoding.sync_folder(target.parent)
+
+    def sync_objects(self, names: set[str]) -> None:
+        """Make the names in folders of ``objects/`` durable, and in the quarantine; ``finish`` does it for one pack."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                encoding.sync_folder(self._objects / name)
+        encoding.sync_folder(self._quarantine)
 
     def finish(self, target: Path) -> bool:
         """Give ``<target>.new`` its name; tell whether the target is there. Can be repeated after a crash."""
@@ -217,8 +240,9 @@ class Archive:
             path.unlink()
         for folder in (self._objects, self._quarantine):
             for path in list(folder.rglob("*.new")):
-                if not known(path.name.removesuffix(".new")):
-                    path.unlink()
+                name = path.name.removesuffix(".new")
+                if name not in self.building and not known(name):
+                    path.unlink(missing_ok=True)
 
 
 def _making(target: Path) -> Path:
@@ -233,7 +257,7 @@ def _folder(folder: Path) -> None:
 
 def _seal_file(descriptor: int) -> None:
     os.fchmod(descriptor, 0o400)
-    os.utime(descriptor, _CONSTANT_TIME)
+    os.utime(descriptor, CONSTANT_TIME)
     os.fsync(descriptor)
 
 

@@ -1,11 +1,14 @@
 """The index: what packs say, in SQLCipher, so that studies can be found. Every row can be rebuilt from packs.
 
-States of an instance: ``held``, the one that counts; ``same``, a second copy of identical content; ``encoding``, the
-same instance in another transfer syntax; ``conflict``, other content under the same UID. Nothing replaces anything.
+States of an instance: ``held``, the one that counts; ``again``, a second copy of identical content; ``encoding``, the
+same instance in another transfer syntax; ``pending``, in an open pack and perhaps to be quarantined; ``quarantined``,
+to be decided about; ``replaced``, by decision; ``damaged``, it opens no more and a good copy came. Nothing replaces
+anything by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from storage.pack import Frame
 from storage.packfile import Record
 from storage.search import NAMES, Filters, fold, statement
 from storage.sqlite import Database, Migrations, connect, copy, transaction
+from storage.studyfacts import ALL, ONE, StudyFacts, gather
 
 # Column of the index, tag of the data set.
 _STUDY = {
@@ -109,6 +113,27 @@ def _tables(db: Database) -> None:
     )
 
 
+@_MIGRATIONS(name="2-moved")
+def _moved(db: Database) -> None:
+    # For readers that were told a pack's old name. It is no row of a pack's: filling anew leaves it.
+    db.table("moved").create({"old": str, "new": str}, pk="old", strict=True)
+
+
+@_MIGRATIONS(name="3-pack-study")
+def _pack_study(db: Database) -> None:
+    db.table("pack").create_index(["study"])
+
+
+@_MIGRATIONS(name="4-counting")
+def _counting(db: Database) -> None:
+    # The status counts, and must not read every row for it.
+    db.execute("CREATE INDEX held_series ON instance (study, series) WHERE state = 'held'")
+    db.execute("CREATE INDEX not_held ON instance (state) WHERE state <> 'held'")
+    db.execute("CREATE INDEX not_decoded ON instance (id) WHERE undecoded > 0")
+    # What it means changed: up to which admission.
+    db.execute("UPDATE meta SET value = '0' WHERE name = 'filling'")
+
+
 class Place(msgspec.Struct, frozen=True):
     """Where an instance lies."""
 
@@ -155,16 +180,32 @@ class Index:
         with transaction(self._db):
             for table in ("instance", "series", "study", "pack", "unreadable"):
                 self._db.execute(f"DELETE FROM {table}")  # noqa: S608
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('filling', '1')")
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('filling', '0')")
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """Write much at once: all that is written meanwhile is one transaction."""
+        with transaction(self._db):
+            yield
+
+    def filled_up_to(self, admission: int) -> None:
+        """Note up to which admission all packs are in the index, so that filling it goes on there."""
+        with transaction(self._db):
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('filling', ?)", [str(admission)])
 
     def filled(self) -> None:
         """Note that the index has all rows again."""
         with transaction(self._db):
             self._db.execute("DELETE FROM meta WHERE name = 'filling'")
 
-    def is_filling(self) -> bool:
-        """Tell whether filling it was interrupted."""
-        return self._db.execute("SELECT 1 FROM meta WHERE name = 'filling'").fetchone() is not None
+    def filled_to(self) -> int | None:
+        """Return up to which admission an index that is being filled has all packs; None for a whole one."""
+        row = self._db.execute("SELECT value FROM meta WHERE name = 'filling'").fetchone()
+        return int(row[0]) if row else None
+
+    def has_archived(self) -> bool:
+        """Tell whether any pack is known to lie in the archive."""
+        return self._db.execute("SELECT 1 FROM pack WHERE place <> 'incoming' LIMIT 1").fetchone() is not None
 
     # --- what admission writes
 
@@ -204,6 +245,15 @@ class Index:
             [study],
         ).fetchone()
         return Patient(row[0], row[1]) if row else None
+
+    def patient_of(self, study: str) -> tuple[str, str]:
+        """Return the Patient ID of a study and its issuer; empty where the study is not described."""
+        row = self._db.execute("SELECT patient_id, patient_id_issuer FROM study WHERE uid = ?", [study]).fetchone()
+        return (str(row[0]), str(row[1])) if row else ("", "")
+
+    def facts(self, study: str = "") -> Iterator[StudyFacts]:
+        """Yield what retention knows of each study, or of one."""
+        return gather(self._db.execute(ONE if study else ALL, [study] if study else []))
 
     def add(self, pack_id: str, study: str, rows: list[Row], scanned: int) -> None:
         """Add records of a pack that is still open, and how far the pack was read."""
@@ -252,8 +302,33 @@ class Index:
         return str(row[0]) if row else ""
 
     def at(self, pack_id: str, object_id: bytes) -> Place | None:
-        """Return where an object of a pack lies."""
-        return next((place for place in self.of_object(object_id) if place.pack_id == pack_id), None)
+        """Return where an object of a pack lies, whatever the pack is called by now."""
+        places = {place.pack_id: place for place in reversed(self.of_object(object_id))}
+        name: str | None = pack_id
+        while name is not None and name not in places:
+            row = self._db.execute("SELECT new FROM moved WHERE old = ?", [name]).fetchone()
+            name = str(row[0]) if row else None
+        return None if name is None else places[name]
+
+    def move(self, old: str, new: str, length: int) -> None:
+        """Let a pack's rows be another pack's, which has the same records at the same places.
+
+        Nothing happens to a pack that has no rows: it was moved before, or the index is being filled.
+        """
+        with transaction(self._db):
+            if self._db.execute("SELECT 1 FROM pack WHERE id = ?", [old]).fetchone() is None:
+                return
+            # What somebody judged it to be in between counts less than what was known of it.
+            self._db.execute("DELETE FROM instance WHERE pack = ?", [new])
+            self._db.execute("DELETE FROM unreadable WHERE pack = ?", [new])
+            self._db.execute(
+                "INSERT OR REPLACE INTO pack SELECT ?, place, study, admission, ?, ? FROM pack WHERE id = ?",
+                [new, length, length, old],
+            )
+            self._db.execute("UPDATE instance SET pack = ? WHERE pack = ?", [new, old])
+            self._db.execute("UPDATE unreadable SET pack = ? WHERE pack = ?", [new, old])
+            self._db.execute("DELETE FROM pack WHERE id = ?", [old])
+            self._db.execute("INSERT OR REPLACE INTO moved VALUES (?, ?)", [old, new])
 
     def quarantined(self) -> list[dict[str, Any]]:
         """Return the instances that an admin must decide about, with the one that is held under the same UID."""
@@ -309,6 +384,10 @@ class Index:
         """Return the packs that are known to lie in the archive."""
         return {row[0] for row in self._db.execute("SELECT id FROM pack WHERE place <> 'incoming'")}
 
+    def archived_count(self) -> int:
+        """Return how many packs are known to lie in the archive."""
+        return int(self._db.execute("SELECT count(*) FROM pack WHERE place <> 'incoming'").fetchone()[0])
+
     def waiting_packs(self) -> list[str]:
         """Return the packs with rows that are not admitted yet."""
         return [row[0] for row in self._db.execute("SELECT id FROM pack WHERE place = 'incoming'")]
@@ -359,12 +438,16 @@ class Index:
             "series": "SELECT count(*) FROM (SELECT DISTINCT study, series FROM instance WHERE state = 'held')",
             "instances": "SELECT count(*) FROM instance WHERE state = 'held'",
             "packs": "SELECT count(*) FROM pack WHERE place = 'objects'",
-            "encodings": "SELECT count(*) FROM instance WHERE state = 'encoding'",
-            "quarantined": "SELECT count(*) FROM instance WHERE state = 'quarantined'",
+            "encodings": "SELECT count(*) FROM instance WHERE state = 'encoding' AND state <> 'held'",
+            "quarantined": "SELECT count(*) FROM instance WHERE state = 'quarantined' AND state <> 'held'",
             "unreadable": "SELECT count(*) FROM unreadable",
             "undecoded": "SELECT count(*) FROM instance WHERE undecoded > 0",
         }
         return {name: int(self._db.execute(sql).fetchone()[0]) for name, sql in counts.items()}
+
+    def unreadable(self) -> int:
+        """Return how many places in deposits did not open, without counting everything else."""
+        return int(self._db.execute("SELECT count(*) FROM unreadable").fetchone()[0])
 
     def rows_of(self, pack_id: str) -> list[dict[str, Any]]:
         """Return what a pack's instances are called, for somebody who must have them sent again."""

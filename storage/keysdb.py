@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from keys.versions import StudyKeyPlace
-from storage.sqlite import Database, Migrations, connect, transaction
+from storage.sqlite import Database, Migrations, connect, copy, transaction
 
 _MIGRATIONS = Migrations("keys")
 
@@ -47,6 +47,11 @@ def _last_admission(db: Database) -> None:
     db.execute("INSERT INTO last_admission SELECT coalesce(max(admission), 0) FROM study_key")
 
 
+@_MIGRATIONS(name="3-key-id")
+def _key_id(db: Database) -> None:
+    db.table("study_key").create_index(["key_id"])
+
+
 class StudyKeyRecord(msgspec.Struct, frozen=True):
     """One row: a wrapped study key and what it is bound to."""
 
@@ -60,11 +65,15 @@ class StudyKeyRecord(msgspec.Struct, frozen=True):
         return self.place.pack_id.hex()
 
 
+class _ChangedError(Exception):
+    """A record is not as it was."""
+
+
 class KeysDatabase:
     """The study key records of a store. Used by one thread at a time."""
 
-    def __init__(self, path: Path, *, migrate: bool = False) -> None:
-        self._db = connect(path)
+    def __init__(self, path: Path, *, migrate: bool = False, immutable: bool = False) -> None:
+        self._db = connect(path, immutable=immutable)
         if migrate:
             _MIGRATIONS.apply(self._db)
 
@@ -82,22 +91,55 @@ class KeysDatabase:
         Raises:
             DatabaseError: The pack has one, or the admission number is taken.
         """
-        place = record.place
         with transaction(self._db):
-            self._db.execute(
-                "INSERT INTO study_key VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [
-                    place.pack_id.hex(),
-                    place.key_id.hex(),
-                    record.version,
-                    record.sealed,
-                    place.study_tag,
-                    place.length,
-                    place.frames_digest,
-                    place.admission,
-                ],
-            )
-            self._db.execute("UPDATE last_admission SET number = ?", [place.admission])
+            self._insert(record)
+            self._db.execute("UPDATE last_admission SET number = ?", [record.place.admission])
+
+    def _insert(self, record: StudyKeyRecord) -> None:
+        place = record.place
+        self._db.execute(
+            "INSERT INTO study_key VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                place.pack_id.hex(),
+                place.key_id.hex(),
+                record.version,
+                record.sealed,
+                place.study_tag,
+                place.length,
+                place.frames_digest,
+                place.admission,
+            ],
+        )
+
+    def exchange(self, changes: list[tuple[StudyKeyRecord, StudyKeyRecord]]) -> bool:
+        """Put records of other packs in the place of some, all at once; tell whether they were as they were read.
+
+        Under another version an old record may be by now: it is the same key. New ones keep the numbers of their
+        admission, so that packs stay in the order in which they came.
+        """
+        try:
+            with transaction(self._db):
+                for old, _ in changes:
+                    place = old.place
+                    gone = self._db.execute(
+                        "DELETE FROM study_key WHERE pack_id = ? AND key_id = ? AND study_tag = ? AND length = ?"
+                        " AND frames_digest = ? AND admission = ?",
+                        [
+                            place.pack_id.hex(),
+                            place.key_id.hex(),
+                            place.study_tag,
+                            place.length,
+                            place.frames_digest,
+                            place.admission,
+                        ],
+                    )
+                    if gone.rowcount != 1:
+                        raise _ChangedError
+                for _, new in changes:
+                    self._insert(new)
+        except _ChangedError:
+            return False
+        return True
 
     def remove(self, *pack_ids: str) -> None:
         """Remove the records of packs, from the file and, as far as no reader is in the way, from the log before it."""
@@ -128,6 +170,19 @@ class KeysDatabase:
     def of_study(self, tag: bytes) -> list[StudyKeyRecord]:
         """Return the records of a study, by its keyed tag."""
         return [_record(row) for row in self._db.execute("SELECT * FROM study_key WHERE study_tag = ?", [tag])]
+
+    def of_key(self, key_id: bytes) -> list[StudyKeyRecord]:
+        """Return the records under a key id, in the order of their admission: one study key may have several packs."""
+        sql = "SELECT * FROM study_key WHERE key_id = ? ORDER BY admission"
+        return [_record(row) for row in self._db.execute(sql, [key_id.hex()])]
+
+    def chosen(self, *, tag: bytes = b"", version: int = 0) -> list[str]:
+        """Return packs in the order of their admission: those of a study, those under a version, or all."""
+        where, values = ("WHERE study_tag = ?", [tag]) if tag else ("WHERE version = ?", [version])
+        if not (tag or version):
+            where, values = "", []
+        rows = self._db.execute(f"SELECT pack_id FROM study_key {where} ORDER BY admission", values)  # noqa: S608
+        return [str(row[0]) for row in rows]
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -164,9 +219,30 @@ class KeysDatabase:
         """Write what was changed into the file, so that the log in front of it holds nothing old."""
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
+    def admitted(self, after: int, limit: int) -> list[StudyKeyRecord]:
+        """Return records in the order of their admission, those behind a number, at most so many."""
+        rows = self._db.execute(
+            "SELECT * FROM study_key WHERE admission > ? ORDER BY admission LIMIT ?", [after, limit]
+        )
+        return [_record(row) for row in rows]
+
     def packs(self) -> list[str]:
         """Return the packs that have a record, in the order of their admission."""
         return [str(row[0]) for row in self._db.execute("SELECT pack_id FROM study_key ORDER BY admission")]
+
+    def lengths(self) -> Iterator[tuple[str, int]]:
+        """Yield the packs in the order of their names, each with its length in bytes."""
+        for row in self._db.execute("SELECT pack_id, length FROM study_key ORDER BY pack_id"):
+            yield str(row[0]), int(row[1])
+
+    def sizes(self) -> tuple[int, int]:
+        """Return how many packs have a record, and their bytes."""
+        row = self._db.execute("SELECT count(*), coalesce(sum(length), 0) FROM study_key").fetchone()
+        return int(row[0]), int(row[1])
+
+    def copy(self, path: Path) -> None:
+        """Copy the records to another file, durably."""
+        copy(self._db, path, None)
 
     def count(self) -> int:
         """Return how many packs have a record."""

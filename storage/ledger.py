@@ -8,12 +8,15 @@ SQLCipher under a key of the version; part of every backup.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
+from storage.records import Records, prepare
 from storage.sqlite import Database, Migrations, connect, copy, transaction
 
 _MIGRATIONS = Migrations("ledger")
+_T = TypeVar("_T", bound=msgspec.Struct)
 
 
 @_MIGRATIONS(name="1-decision")
@@ -114,6 +117,83 @@ class RecoveryExport(msgspec.Struct):
     retired: str = ""
 
 
+@_MIGRATIONS(name="6-reencryption")
+def _reencryption(db: Database) -> None:
+    db.table("reencryption").create({"id": str, "content": str}, pk="id", strict=True)
+    db.table("reencrypted").create(
+        {"reencryption": str, "old": str, "new": str, "done": str},
+        pk=("reencryption", "old"),
+        not_null={"new", "done"},
+        strict=True,
+    )
+    db.table("reencrypted").create_index(["old"])
+    db.table("reencrypted").create_index(["done"])
+
+
+class Reencryption(msgspec.Struct):
+    """New study keys for packs that are archived; times are RFC 3339.
+
+    ``scope`` is ``study`` (with its keyed ``tag`` in hex), ``version`` (with its number) or ``all``. ``ended`` is empty
+    until every pack that was chosen at the beginning was looked at; ``left`` says why some are as they were.
+    """
+
+    id: str
+    uid: int
+    reason: str
+    begun: str
+    scope: str
+    tag: str = ""
+    version: int = 0
+    packs: int = 0
+    ended: str = ""
+    left: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class Moved(msgspec.Struct, frozen=True):
+    """A pack on its way from one name and study key to another."""
+
+    old: str
+    new: str
+
+
+@_MIGRATIONS(name="7-backup")
+def _backup(db: Database) -> None:
+    db.table("backup").create({"id": str, "content": str}, pk="id", strict=True)
+
+
+class Backup(msgspec.Struct):
+    """A backup that was made: where it was put, the lowest key version in it, and what is known of it since.
+
+    ``waiting`` deposits were not admitted yet and are not in it; ``confirmed``: a copy off this machine was checked;
+    ``drilled``: it was restored for a trial without a finding.
+    """
+
+    id: str
+    created: str
+    folder: str
+    version: int
+    packs: int
+    bytes: int
+    waiting: int
+    confirmed: str = ""
+    drilled: str = ""
+
+
+@_MIGRATIONS(name="8-record")
+def _record_table(db: Database) -> None:
+    prepare(db)
+
+
+@_MIGRATIONS(name="9-erasure-state")
+def _erasure_state(db: Database) -> None:
+    db.execute("ALTER TABLE erasure ADD COLUMN state TEXT NOT NULL DEFAULT 'begun'")
+    db.execute(
+        "UPDATE erasure SET state = CASE WHEN json_extract(content, '$.final') <> '' THEN 'final'"
+        " WHEN json_extract(content, '$.erased') <> '' THEN 'erased' ELSE 'begun' END"
+    )
+    db.table("erasure").create_index(["state"])
+
+
 class Head(msgspec.Struct, frozen=True):
     """How far the audit chain is known to have come; records up to ``transcribed`` open with the audit key."""
 
@@ -170,11 +250,15 @@ class Ledger:
             )
 
     def decisions(self) -> list[Decision]:
-        """Return all decisions in the order in which they were made."""
+        """Return all decisions in the order in which they were made; packs have the names that they have now."""
         rows = self._db.execute(
             "SELECT at, uid, kind, pack_id, object_id, other_pack_id, other_object_id, reason FROM decision ORDER BY id"
-        )
-        return [Decision(*row) for row in rows]
+        ).fetchall()
+        made = [Decision(*row) for row in rows]
+        return [
+            msgspec.structs.replace(d, pack_id=self.name_of(d.pack_id), other_pack_id=self.name_of(d.other_pack_id))
+            for d in made
+        ]
 
     def audit_head(self) -> Head | None:
         """Return the last known head of the audit chain."""
@@ -218,18 +302,32 @@ class Ledger:
                 [rotation.version, msgspec.json.encode(rotation).decode()],
             )
 
-    def erasures(self) -> list[Erasure]:
-        """Return all erasures."""
-        rows = self._db.execute("SELECT content FROM erasure ORDER BY rowid")
+    def erasures(self, *states: str) -> list[Erasure]:
+        """Return all erasures, or those that are ``begun``, ``erased`` or ``final``."""
+        where = f" WHERE state IN ({', '.join('?' * len(states))})" if states else ""
+        rows = self._db.execute(f"SELECT content FROM erasure{where} ORDER BY rowid", list(states))  # noqa: S608
         return [msgspec.json.decode(row[0], type=Erasure) for row in rows]
+
+    def erasure(self, erasure_id: str) -> Erasure | None:
+        """Return an erasure, or None."""
+        row = self._db.execute("SELECT content FROM erasure WHERE id = ?", [erasure_id]).fetchone()
+        return None if row is None else msgspec.json.decode(row[0], type=Erasure)
+
+    def erasure_of(self, tag: bytes) -> Erasure | None:
+        """Return the last erasure of a study, by its keyed tag, or None."""
+        row = self._db.execute(
+            "SELECT content FROM erasure WHERE tag = ? ORDER BY rowid DESC LIMIT 1", [tag]
+        ).fetchone()
+        return None if row is None else msgspec.json.decode(row[0], type=Erasure)
 
     def set_erasure(self, erasure: Erasure) -> None:
         """Keep how far an erasure is."""
+        state = "final" if erasure.final else "erased" if erasure.erased else "begun"
         with transaction(self._db):
             self._db.execute(
-                "INSERT INTO erasure (id, tag, content) VALUES (?, ?, ?)"
-                " ON CONFLICT (id) DO UPDATE SET content = excluded.content",
-                [erasure.id, erasure.tag, msgspec.json.encode(erasure).decode()],
+                "INSERT INTO erasure (id, tag, content, state) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET content = excluded.content, state = excluded.state",
+                [erasure.id, erasure.tag, msgspec.json.encode(erasure).decode(), state],
             )
 
     def exports(self) -> list[RecoveryExport]:
@@ -245,6 +343,103 @@ class Ledger:
                 " ON CONFLICT (id) DO UPDATE SET content = excluded.content",
                 [made.id, msgspec.json.encode(made).decode()],
             )
+
+    # --- re-encryption
+
+    def reencryptions(self) -> list[Reencryption]:
+        """Return all re-encryptions, the oldest first."""
+        rows = self._db.execute("SELECT content FROM reencryption ORDER BY rowid")
+        return [msgspec.json.decode(row[0], type=Reencryption) for row in rows]
+
+    def begin_reencryption(self, begun: Reencryption, packs: list[str]) -> None:
+        """Keep that a re-encryption begins, with the packs that it is about, in their order."""
+        with transaction(self._db):
+            self._db.execute(
+                "INSERT INTO reencryption (id, content) VALUES (?, ?)", [begun.id, msgspec.json.encode(begun).decode()]
+            )
+            rows = [(begun.id, pack_id) for pack_id in packs]
+            self._db.conn.executemany("INSERT INTO reencrypted VALUES (?, ?, '', '')", rows)
+
+    def end_reencryption(self, ended: Reencryption) -> None:
+        """Keep how a re-encryption ended; packs that it left as they were are not waited for any more."""
+        with transaction(self._db):
+            self._db.execute(
+                "UPDATE reencryption SET content = ? WHERE id = ?", [msgspec.json.encode(ended).decode(), ended.id]
+            )
+            self._db.execute("DELETE FROM reencrypted WHERE reencryption = ? AND done = ''", [ended.id])
+
+    def planned(self, reencryption: str) -> list[str]:
+        """Return the packs that a re-encryption has not done yet, in their order."""
+        rows = self._db.execute(
+            "SELECT old FROM reencrypted WHERE reencryption = ? AND done = '' ORDER BY rowid", [reencryption]
+        )
+        return [str(row[0]) for row in rows]
+
+    def reencrypted(self, reencryption: str) -> int:
+        """Return how many packs a re-encryption has done."""
+        sql = "SELECT count(*) FROM reencrypted WHERE reencryption = ? AND done <> ''"
+        return int(self._db.execute(sql, [reencryption]).fetchone()[0])
+
+    def move(self, reencryption: str, moves: list[Moved]) -> None:
+        """Keep which packs are about to stand in the place of which, before any of them is there."""
+        with transaction(self._db):
+            self._db.conn.executemany(
+                "INSERT INTO reencrypted VALUES (?, ?, ?, '')"
+                " ON CONFLICT (reencryption, old) DO UPDATE SET new = excluded.new",
+                [(reencryption, move.old, move.new) for move in moves],
+            )
+
+    def unsettled(self) -> list[Moved]:
+        """Return the packs that are on their way, or that a crash left there."""
+        rows = self._db.execute("SELECT old, new FROM reencrypted WHERE done = '' AND new <> '' ORDER BY rowid")
+        return [Moved(*row) for row in rows]
+
+    def settle(self, moves: list[Moved], done: str) -> None:
+        """Keep that packs have their new names since a time, or, for an empty one, that they do not get them."""
+        with transaction(self._db):
+            self._db.conn.executemany(
+                "UPDATE reencrypted SET done = ?, new = CASE ? WHEN '' THEN '' ELSE new END WHERE old = ? AND new = ?",
+                [(done, done, move.old, move.new) for move in moves],
+            )
+
+    def drop_planned(self, reencryption: str, pack_id: str) -> None:
+        """Forget that a pack was to be re-encrypted: it is gone."""
+        with transaction(self._db):
+            self._db.execute(
+                "DELETE FROM reencrypted WHERE reencryption = ? AND old = ? AND done = ''", [reencryption, pack_id]
+            )
+
+    def name_of(self, pack_id: str) -> str:
+        """Return the name that a pack has now."""
+        while row := self._db.execute("SELECT new FROM reencrypted WHERE old = ? AND done <> ''", [pack_id]).fetchone():
+            pack_id = str(row[0])
+        return pack_id
+
+    def backups(self) -> list[Backup]:
+        """Return all backups that were made, the oldest first."""
+        rows = self._db.execute("SELECT content FROM backup ORDER BY rowid")
+        return [msgspec.json.decode(row[0], type=Backup) for row in rows]
+
+    def set_backup(self, made: Backup) -> None:
+        """Keep what is known of a backup."""
+        with transaction(self._db):
+            self._db.execute(
+                "INSERT INTO backup (id, content) VALUES (?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET content = excluded.content",
+                [made.id, msgspec.json.encode(made).decode()],
+            )
+
+    def fault(self) -> str:
+        """Return what is wrong with the file, in SQLite's words; empty if every page opens and fits the others."""
+        for check in ("PRAGMA cipher_integrity_check", "PRAGMA integrity_check"):
+            for row in self._db.execute(check):
+                if row[0] != "ok":
+                    return str(row[0])
+        return ""
+
+    def records(self, kind: str, type_: type[_T]) -> Records[_T]:
+        """Return the records of a kind, which whoever keeps them describes (see ``storage.records``)."""
+        return Records(self._db, kind, type_)
 
     def copy(self, path: Path, key: tuple[bytes, bytes]) -> None:
         """Copy the ledger to another file under another key."""

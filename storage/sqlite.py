@@ -26,16 +26,20 @@ __all__ = ["Database", "DatabaseError", "Migrations", "connect", "copy", "remove
 DatabaseError: type[Exception] = sqlcipher3.DatabaseError
 
 
-def connect(path: Path, key: tuple[bytes, bytes] | None = None) -> Database:
+def connect(path: Path, key: tuple[bytes, bytes] | None = None, *, immutable: bool = False) -> Database:
     """Open a database, or make it.
 
     Args:
         path: The file.
         key: SQLCipher's raw key (32 bytes) and salt (16 bytes); None for plain SQLite.
+        immutable: Nobody writes it: it is only read, and nothing is made beside it, where nothing may be written.
 
     Raises:
         DatabaseError: It is no database, or another key's.
     """
+    if immutable:
+        place = f"{path.absolute().as_uri()}?immutable=1"
+        return Database(sqlcipher3.connect(place, uri=True, isolation_level=None, check_same_thread=False))
     connection = sqlcipher3.connect(str(path), isolation_level=None, check_same_thread=False, timeout=30)
     try:
         if key is not None:
@@ -54,8 +58,8 @@ def connect(path: Path, key: tuple[bytes, bytes] | None = None) -> Database:
     return Database(connection)
 
 
-def copy(source: Database, path: Path, key: tuple[bytes, bytes]) -> None:
-    """Copy a database to another file under another key, durably: whole under its name, or not there.
+def copy(source: Database, path: Path, key: tuple[bytes, bytes] | None) -> None:
+    """Copy a database to another file under another key or none, durably: whole under its name, or not there.
 
     Raises:
         DatabaseError, OSError: The disk refused it.
@@ -87,7 +91,13 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def transaction(database: Database) -> Iterator[None]:
-    """Run a write transaction that takes its lock at once: one begun deferred fails when another writer was faster."""
+    """Run a write transaction that takes its lock at once: one begun deferred fails when another writer was faster.
+
+    Within another one it is a part of that.
+    """
+    if database.conn.in_transaction:
+        yield
+        return
     database.conn.execute("BEGIN IMMEDIATE")
     try:
         yield

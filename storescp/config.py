@@ -17,7 +17,13 @@ from typing import Any
 
 import msgspec
 
+from storage import retentionrules
+from storage.retentionrules import Retention
+from storescp import alertsettings, schedulesettings, scrubsettings
+from storescp.alertsettings import AlertSettings
 from storescp.errors import USAGE, StrongroomError
+from storescp.schedulesettings import ScheduleSettings
+from storescp.scrubsettings import ScrubSettings
 
 _CREDENTIAL = "credential:"
 SEARCH = ("strongroom.toml", "/etc/strongroom/strongroom.toml")
@@ -82,12 +88,16 @@ class Keys(msgspec.Struct, kw_only=True):
     """Key versions."""
 
     destroy_after_days: int = 7
+    anchor: str = "file"
+    anchor_token: str = ""
+    anchor_pin: str = ""
 
 
 class Control(msgspec.Struct, kw_only=True):
     """The vault's own socket."""
 
     socket: str = "run/vault.sock"
+    group: str = ""
 
 
 class Log(msgspec.Struct, kw_only=True):
@@ -104,8 +114,12 @@ class Settings(msgspec.Struct, kw_only=True):
     unlock: Unlock = msgspec.field(default_factory=Unlock)
     gate: Gate = msgspec.field(default_factory=Gate)
     keys: Keys = msgspec.field(default_factory=Keys)
+    retention: Retention = msgspec.field(default_factory=Retention)
+    scrub: ScrubSettings = msgspec.field(default_factory=ScrubSettings)
     control: Control = msgspec.field(default_factory=Control)
     log: Log = msgspec.field(default_factory=Log)
+    alerts: AlertSettings = msgspec.field(default_factory=AlertSettings)
+    schedule: ScheduleSettings = msgspec.field(default_factory=ScheduleSettings)
 
 
 EXPLAINED = {
@@ -153,11 +167,23 @@ EXPLAINED = {
     "keys": "Key versions: 'strongroom keys rotate' makes a new one.",
     "keys.destroy_after_days": "How long the anchor of an old version stays after a rotation is proved and confirmed.\n"
     "Until then a backup made before the rotation still opens; after it, none ever does.",
+    "keys.anchor": 'Where the anchors of new key versions are: "file" (in store.anchors; NIST SP 800-88: clear)\n'
+    'or "token" (purge, where it is hardware: docs/anchors.md). Those that there are stay where they are.',
+    "keys.anchor_token": "The PKCS#11 token of anchors, MODULE:TOKEN: the module's path and the token's label.\n"
+    "Needed for new ones, and as long as a key version has its anchor there ('strongroom keys status').",
+    "keys.anchor_pin": "That token's PIN: a file with mode 0600, or 'credential:NAME', a systemd credential.\n"
+    "It is read whenever the token is used: to unlock, to make a version, to destroy one.",
+    **retentionrules.EXPLAINED,
+    **scrubsettings.EXPLAINED,
     "control": "The Unix socket on which this command line talks to the vault.",
     "control.socket": "Its path, at most 100 characters.",
+    "control.group": "A group whose members may use it, besides root and the vault's user, who must be in it.\n"
+    "Each is known by the user id: in the audit chain, and where a second approver is wanted.",
     "log": "The log goes to standard error; journald or the supervisor keeps it.",
     "log.format": '"text" or "json".',
     "log.level": '"debug", "info", "warning" or "error".',
+    **alertsettings.EXPLAINED,
+    **schedulesettings.EXPLAINED,
 }
 
 
@@ -181,6 +207,13 @@ class Config:
         self.anchors = self._path(settings.store.anchors)
         self.incoming = self._path(settings.store.spool) / "incoming"
         self.public = self._path(settings.store.spool) / "public"
+        # The vault writes the outbox; who sends what is in it writes the folder beside it alone.
+        self.outbox = self._path(settings.store.spool) / "outbox"
+        self.alert_state = self._path(settings.store.spool) / "alerts"
+        password = settings.alerts.mail.password_file
+        self.mail_credential = password.removeprefix(_CREDENTIAL) if password.startswith(_CREDENTIAL) else ""
+        self.mail_password_file = self._path(password) if password and not self.mail_credential else None
+        self.alert_trust = self._path(settings.alerts.trust) if settings.alerts.trust else None
         self.peers = self._path(settings.gate.peers)
         self.certificate = self._path(settings.gate.certificate)
         self.private_key = self._path(settings.gate.private_key)
@@ -189,6 +222,10 @@ class Config:
         self.socket = self._path(settings.control.socket)
         named = settings.unlock.key_file
         self.credential = named.removeprefix(_CREDENTIAL) if named.startswith(_CREDENTIAL) else ""
+        pin = settings.keys.anchor_pin
+        self.anchor_pin_credential = pin.removeprefix(_CREDENTIAL) if pin.startswith(_CREDENTIAL) else ""
+        self.anchor_pin_file = self._path(pin) if pin and not self.anchor_pin_credential else None
+        self.anchor_token = split_token(settings.keys.anchor_token) if settings.keys.anchor_token else None
         for listener in settings.gate.plaintext:
             listener.peers = [title.strip(" ") for title in listener.peers]
         self.key_file = self._path(named) if named and not self.credential else None
@@ -283,7 +320,9 @@ def render(settings: Settings) -> str:
         lines += [*_comment(section.name), f"[{section.name}]", ""]
         for field in msgspec.structs.fields(type(table)):
             lines += _comment(f"{section.name}.{field.name}")
-            lines += [f"{field.name} = {_toml(getattr(table, field.name))}", ""]
+            value = getattr(table, field.name)
+            # An empty list of tables would forbid those that somebody writes behind it.
+            lines += [""] if value == [] and "rules" in field.name else [f"{field.name} = {_toml(value)}", ""]
     return "\n".join(lines)
 
 
@@ -300,6 +339,18 @@ def parse_address(text: str) -> tuple[str, int]:
     if (address.version == 6) != found[1].startswith("["):
         raise ValueError("an IPv6 address needs brackets, and no other has them")
     return str(address), int(found[2])
+
+
+def split_token(text: str) -> tuple[str, str]:
+    """Return the module's path and the token's label of ``/usr/lib/module.so:label``.
+
+    Raises:
+        ValueError: One of them is missing, or the path is not absolute.
+    """
+    module, _, label = text.rpartition(":")
+    if not module.startswith("/") or not label or "\0" in module:
+        raise ValueError("no module's path and token's label")
+    return module, label
 
 
 def is_ae_title(text: str) -> bool:
@@ -358,15 +409,39 @@ def _check(settings: Settings) -> list[str]:
         errors += _out_of_bounds(f"gate.{name}", getattr(gate, name), low, high)
     errors += _out_of_bounds("store.reserve_bytes", settings.store.reserve_bytes, 1 << 20, 1 << 50)
     errors += _out_of_bounds("keys.destroy_after_days", settings.keys.destroy_after_days, 0, 3650)
+    errors += _check_anchor(settings.keys)
+    errors += retentionrules.errors(settings.retention)
+    errors += scrubsettings.errors(settings.scrub)
     if settings.log.format not in {"text", "json"}:
         errors.append("log.format: must be text or json")
     if settings.log.level not in {"debug", "info", "warning", "error"}:
         errors.append("log.level: must be debug, info, warning or error")
+    errors += alertsettings.check(settings.alerts)
+    errors += schedulesettings.check(settings.schedule)
     return errors
 
 
 def _out_of_bounds(key: str, value: int, low: int, high: int) -> list[str]:
     return [] if low <= value <= high else [f"{key}: must be from {low} to {high}"]
+
+
+def _check_anchor(keys: Keys) -> list[str]:
+    errors = []
+    if keys.anchor not in {"file", "token"}:
+        errors.append("keys.anchor: must be file or token")
+    if keys.anchor_token:
+        try:
+            split_token(keys.anchor_token)
+        except ValueError:
+            errors.append(
+                "keys.anchor_token: must be MODULE:TOKEN, an absolute path and a token's label, "
+                "as in /usr/lib/softhsm/libsofthsm2.so:strongroom"
+            )
+        if keys.anchor_pin in {"", _CREDENTIAL}:
+            errors.append("keys.anchor_pin: missing: name a file with the token's PIN, or 'credential:NAME'")
+    elif keys.anchor == "token":
+        errors.append("keys.anchor_token: missing: name the token, MODULE:TOKEN")
+    return errors
 
 
 def _check_plaintext(gate: Gate) -> list[str]:
@@ -415,6 +490,8 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, str):
         return toml_string(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
     return str(value)
 
 

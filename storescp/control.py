@@ -7,9 +7,11 @@ for one command.
 from __future__ import annotations
 
 import contextlib
+import grp
 import json
 import logging
 import os
+import pwd
 import socket
 import struct
 import threading
@@ -85,11 +87,20 @@ def _batched(rows: Iterator[Any]) -> Iterator[bytes]:
 
 
 class Server:
-    """Serves a handler on a Unix socket to processes of the allowed uids."""
+    """Serves a handler on a Unix socket to processes of root, of its own user, and of the members of a group."""
 
-    def __init__(self, handler: Handler, allowed: frozenset[int]) -> None:
+    def __init__(self, handler: Handler, group: str = "") -> None:
+        """Prepare to serve.
+
+        Args:
+            handler: Answers requests.
+            group: A group of this system, empty for none.
+
+        Raises:
+            StrongroomError: There is no such group.
+        """
         self._handler = handler
-        self._allowed = allowed
+        self._group = _group(group) if group else None
         self._slots = threading.BoundedSemaphore(_CONNECTION_LIMIT)
         self._listening: socket.socket | None = None
 
@@ -107,6 +118,11 @@ class Server:
         old_mask = os.umask(0o177)
         try:
             self._listening.bind(os.fspath(path))
+            if self._group is not None:
+                os.chown(path, -1, self._group.gr_gid)
+                os.chmod(path, 0o660)
+                # Whoever may use the socket must come to it.
+                os.chown(path.parent, -1, self._group.gr_gid)
         finally:
             os.umask(old_mask)
         self._listening.listen(_CONNECTION_LIMIT)
@@ -140,7 +156,7 @@ class Server:
         """Serve one connection until its other end closes it."""
         with connection:
             uid = _peer_uid(connection)
-            if uid not in self._allowed:
+            if not self._allowed(uid):
                 log.warning("control connection of uid %d refused", uid)
                 return
             state = h11.Connection(h11.SERVER)
@@ -149,6 +165,18 @@ class Server:
                     state.start_next_cycle()
             except (OSError, h11.ProtocolError):
                 return
+
+    def _allowed(self, uid: int) -> bool:
+        if uid in {0, os.geteuid()}:
+            return True
+        if self._group is None:
+            return False
+        try:
+            user = pwd.getpwuid(uid)
+        except KeyError:
+            return False
+        # As it is now: whoever was taken out of the group is out at once.
+        return self._group.gr_gid in os.getgrouplist(user.pw_name, user.pw_gid)
 
     def _serve_one(self, connection: socket.socket, state: h11.Connection, uid: int) -> bool:
         request = _read_request(connection, state, uid)
@@ -208,6 +236,13 @@ def _read_request(connection: socket.socket, state: h11.Connection, uid: int) ->
             return Request(head.method.decode(), head.target.decode("ascii", "replace"), bytes(body), uid)
         else:
             return None
+
+
+def _group(name: str) -> grp.struct_group:
+    try:
+        return grp.getgrnam(name)
+    except KeyError as error:
+        raise StrongroomError(f"control.group: there is no group {name} on this machine") from error
 
 
 def _peer_uid(connection: socket.socket) -> int:

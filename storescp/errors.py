@@ -20,3 +20,8 @@ class StrongroomError(Exception):
         super().__init__(message)
         self.hint = hint
         self.status = status
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """Return a count with its noun."""
+    return f"{count} {one if count == 1 else many or one + 's'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -44,9 +45,11 @@ class Watch:
         waiting = 0
         if config.incoming.stat().st_dev != os.stat(config.store_path).st_dev or config.settings.gate.user:
             with os.scandir(config.incoming) as entries:
-                # What is prepared for packs to come is not waiting for the archive.
-                files = [entry for entry in entries if not entry.name.endswith(".new")]
-                waiting = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in files)
+                for entry in entries:
+                    # What is prepared for packs to come is not waiting for the archive; what is gone was admitted.
+                    if not entry.name.endswith(".new"):
+                        with contextlib.suppress(FileNotFoundError):
+                            waiting += entry.stat(follow_symlinks=False).st_blocks * 512
         self._room = free(config.store_path) - waiting - self._reserve
 
     @property

@@ -33,6 +33,8 @@ def run(config: Config) -> None:
     users = _users(config)
     vault = Child(config, "vault", ["vault"], user=users[0])
     gate = Child(config, "gate", ["gate"], user=users[1])
+    # As the vault's user, who owns the outbox; the unit for systemd has a user of its own.
+    errands = [Child(config, "alert sender", ["alert-sender"], user=users[0])] if config.settings.alerts.sends else []
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     signal.signal(signal.SIGHUP, lambda *_: gate.signal(signal.SIGHUP))
@@ -46,14 +48,21 @@ def run(config: Config) -> None:
             _start(child, stop)
         if not stop.is_set():
             log.info("ready")
+            # Not waited for: nothing is kept from being received because nobody can be told something.
+            for errand in errands:
+                errand.start()
         while not stop.wait(0.2):
-            for child in (vault, gate):
+            for child in (vault, gate, *errands):
                 if child.is_due():
                     child.start()
     finally:
+        for errand in errands:
+            errand.signal(signal.SIGTERM)
         # The gate first: what it still receives while it drains, the vault still admits.
         gate.stop(config.settings.gate.drain_seconds + 10.0)
         vault.stop(30.0)
+        for errand in errands:
+            errand.stop(5.0)
 
 
 def _start(child: Child, stop: threading.Event) -> None:

@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import ssl
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -99,9 +100,44 @@ def request(
     entity = AE(calling)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 60
     tls_args = (context, "127.0.0.1")
-    return entity.associate(
+    association = entity.associate(
         "127.0.0.1", port, list(contexts), ae_title=called, tls_args=tls_args, evt_handlers=list(handlers)
     )
+    association._reactor_checkpoint = _Checkpoint(association)  # type: ignore[assignment]
+    return association
+
+
+class _Checkpoint:
+    """Where an association's own thread stands while somebody else waits for a response; takes an event's place.
+
+    pynetdicom's own lets that thread pass now and then when it was told to stand: it then takes the response
+    ("unexpected C-STORE service message"), and the one that waits gets none.
+    """
+
+    def __init__(self, association: Association) -> None:
+        self._association = association
+        self._turn = threading.Condition()
+        self._open, self._stands = True, False
+
+    def wait(self) -> None:
+        with self._turn:
+            while not self._open:
+                self._stands = True
+                self._turn.notify_all()
+                self._turn.wait()
+            self._stands = False
+
+    def set(self) -> None:
+        with self._turn:
+            self._open = True
+            self._turn.notify_all()
+
+    def clear(self) -> None:
+        with self._turn:
+            self._open = False
+            if threading.current_thread() is not self._association:
+                while not self._stands and self._association.is_alive() and not self._association._kill:
+                    self._turn.wait(0.1)
 
 
 @contextmanager

@@ -658,7 +658,7 @@ def test_waivers_for_two_rotations_that_wait_change_no_study_key_and_end_both(
         rotate(vault, waived={})
         before = rows(server)
         said = rotate(vault, reason="")
-        assert said == ["the anchor of version 1 is destroyed", "the anchor of version 2 is destroyed"]
+        assert said == [f"the anchor of version {v} is destroyed (NIST SP 800-88: clear)" for v in (1, 2)]
         assert rows(server) == before
         assert versions(server) == {3: 4}
         assert vault.unlocked().database_version == 3
@@ -733,7 +733,7 @@ def test_a_record_rolled_back_to_a_destroyed_version_stops_the_next_rotation(
     expected = filled(server, 3)
     with unlocked(server) as vault:
         old = next(iter(rows(server).values()))
-        assert rotate(vault)[-1] == "the anchor of version 1 is destroyed"
+        assert rotate(vault)[-1] == "the anchor of version 1 is destroyed (NIST SP 800-88: clear)"
         new = rows(server)[old[0]]
         bad = edited(old, version=2) if relabelled else old
         put(server, bad)

@@ -1,4 +1,4 @@
-"""``verify``, ``reindex`` and ``upgrade``: looking after a store."""
+"""``verify``, ``scrub``, ``reindex`` and ``upgrade``: looking after a store."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from storescp.cli import output
 from storescp.cli.session import ask_secret, config_of, secret_document, vault
+from storescp.cli.watch import operation, shown
 from storescp.errors import FINDINGS, USAGE, StrongroomError
 
 
@@ -50,6 +51,64 @@ def verify_command(given: str | None, /, rate: float, as_json: bool) -> int:
     return FINDINGS if findings else 0
 
 
+@click.group("scrub")
+def scrub_command() -> None:
+    """Scrub: packs are read again, a part at a time, so that damage is found while there is a backup."""
+
+
+@scrub_command.command("run")
+@click.option("--all", "whole", is_flag=True, help="Read all packs, not only the next part.")
+@click.pass_obj
+def scrub_run(given: str | None, /, whole: bool) -> int:
+    r"""Read and open the next part of the packs; the schedule does this by itself. Stop it at any time: it goes on.
+
+    \b
+    Example:
+      $ strongroom scrub run
+    Exit status: 0 all is well, 4 locked, 6 findings.
+    """
+    findings: list[dict[str, Any]] = []
+    with vault(config_of(given)) as client, shown("reading") as show:
+        for event in operation(client, "/v1/scrub", {"whole": whole}, "the scrub"):
+            show(event)
+            if event["kind"] == "finding":
+                findings.append(event)
+    _damaged(findings)
+    return FINDINGS if findings else 0
+
+
+@scrub_command.command("status")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def scrub_status(given: str | None, /, as_json: bool) -> int:
+    r"""Say how far the scrub is, and what is damaged, by study and by the peer that sent it.
+
+    \b
+    Example:
+      $ strongroom scrub status
+    Exit status: 0 nothing is damaged, 4 locked, 6 something is.
+    """
+    with vault(config_of(given)) as client:
+        found = client.json("GET", "/v1/scrub")
+    if as_json:
+        output.document(found)
+    else:
+        _damaged(found["damaged"])
+        click.echo(f"last run: {found['last_run'] or 'never'}; last read to the end: {found['last_round'] or 'never'}")
+        packs = output.plural(found["packs"], "pack")
+        click.echo(f"this round: {found['packs_of_round']} of {packs}, all in {found['days']} days")
+    return FINDINGS if found["damaged"] else 0
+
+
+def _damaged(findings: list[dict[str, Any]]) -> None:
+    rows = []
+    for finding in findings:
+        start = [finding["what"], finding["reason"], finding["pack"]]
+        rows += [[*start, o["calling"], o["study"], o["sop"]] for o in finding["objects"]] or [[*start, "", "", ""]]
+    if rows:
+        output.table(["What", "Reason", "Pack", "Sent by", "Study UID", "SOP Instance UID"], rows)
+
+
 @click.command("reindex")
 @click.pass_obj
 def reindex_command(given: str | None, /) -> None:
@@ -59,8 +118,11 @@ def reindex_command(given: str | None, /) -> None:
     Example:
       $ strongroom reindex
     """
-    with vault(config_of(given)) as client:
-        counts = client.json("POST", "/v1/reindex")
+    counts: dict[str, Any] = {}
+    with vault(config_of(given)) as client, shown("filling the index") as show:
+        for event in operation(client, "/v1/reindex", {}, "filling the index"):
+            show(event)
+            counts = event
     click.echo(f"indexed {output.plural(counts['instances'], 'instance')} of {counts['studies']} studies")
 
 
@@ -95,12 +157,7 @@ def upgrade_command(
 
 
 def _tell(findings: list[dict[str, Any]], end: dict[str, Any]) -> None:
-    rows = []
-    for finding in findings:
-        start = [finding["what"], finding["reason"], finding["pack"]]
-        rows += [[*start, o["calling"], o["study"], o["sop"]] for o in finding["objects"]] or [[*start, "", "", ""]]
-    if rows:
-        output.table(["What", "Reason", "Pack", "Sent by", "Study UID", "SOP Instance UID"], rows)
+    _damaged(findings)
     waiting = f"; {output.plural(end['waiting'], 'pack')} waiting" if end["waiting"] else ""
     click.echo(
         f"verified {output.plural(end['records'], 'record')} in {output.plural(end['packs'], 'pack')}, "

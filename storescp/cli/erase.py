@@ -13,6 +13,7 @@ from keys import signed
 from keys.signed import SignedError
 from storescp.cli import output
 from storescp.cli.session import config_of, vault
+from storescp.cli.watch import operation, shown
 from storescp.errors import FAILED, FINDINGS, NOTHING, StrongroomError
 
 _LABEL = "certificate"
@@ -42,19 +43,9 @@ def erase_command(given: str | None, /, study: str, reason: str, yes: bool) -> N
             rows = list(client.lines("POST", "/v1/search", {"level": "study", "filters": {"study": study}}))
             held = ", ".join(f"{row['instance_count']} instances" for row in rows) or "nothing that can be listed"
             click.confirm(f"erase study {study} ({held}) for ever?", abort=True, err=True)
-        ended = False
-        for event in client.lines("POST", "/v1/erase", {"study": study, "reason": reason}):
-            match event["kind"]:
-                case "error":
-                    raise StrongroomError(event["message"], hint=event["hint"], status=event["status"])
-                case "end":
-                    ended = True
-                case "step":
-                    click.echo(event["text"])
-                case "waiting":
-                    click.echo(event["text"], err=True)
-    if not ended:
-        raise StrongroomError("the erasure broke off", hint="it goes on by itself, or with the same command")
+        with shown("erasing") as show:
+            for event in operation(client, "/v1/erase", {"study": study, "reason": reason}, "the erasure"):
+                show(event)
 
 
 @click.group("certificate")

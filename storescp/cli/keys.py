@@ -1,4 +1,4 @@
-"""``keys status|rotate`` and ``keys slot …``: key versions over their life, and the ways to unlock."""
+"""``keys status|rotate|…`` and ``keys slot …``: key versions over their life, and the ways to unlock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from keys import encoding, slots
 from storescp.cli import output
-from storescp.cli.session import ask_secret, config_of, secret_document, vault
+from storescp.cli.compromise import compromise_command
+from storescp.cli.keyreport import report_command
+from storescp.cli.reencrypt import reencrypt_command
+from storescp.cli.session import ask_hidden, ask_secret, config_of, secret_document, vault
 from storescp.errors import StrongroomError
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -20,7 +23,11 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.group("keys")
 def keys_command() -> None:
-    """Key versions: which there are, and a new one. Slots: the ways to unlock."""
+    """Key versions: which there are, and a new one. Slots: the ways to unlock. What answers which leak."""
+
+
+for _verb in (reencrypt_command, compromise_command, report_command):
+    keys_command.add_command(_verb)
 
 
 @keys_command.command("status")
@@ -40,9 +47,13 @@ def status(given: str | None, /, as_json: bool) -> None:
         output.document(found)
         return
     output.table(
-        ["Version", "State", "Created", "Anchor", "Study keys"],
-        ([v[k] for k in ("version", "state", "created", "anchor", "study_keys")] for v in found["versions"]),
+        ["Version", "State", "Created", "Anchor", "NIST SP 800-88", "Study keys"],
+        ([v[k] for k in ("version", "state", "created", "anchor", "grade", "study_keys")] for v in found["versions"]),
     )
+    for version in found["versions"]:
+        if version["former_anchors"]:
+            former = ", ".join(f"{a['id']} ({a['anchor']})" for a in version["former_anchors"])
+            click.echo(f"version {version['version']} had other anchors before the store was rebuilt: {former}")
     for rotation in found["rotations"]:
         if not rotation["proof"]:
             click.echo(
@@ -52,6 +63,12 @@ def status(given: str | None, /, as_json: bool) -> None:
             click.echo(f"the anchor of version {rotation['old']} stays until {rotation['waits_for']}")
         elif rotation["destroyed"]:
             click.echo(f"version {rotation['old']} was destroyed at {rotation['destroyed']}")
+    for one in found["reencryptions"]:
+        packs = f"{one['done']} of {output.plural(one['packs'], 'pack')}"
+        known = f"re-encryption {one['id']}, begun {one['begun']}: {packs}"
+        left = f", {len(one['left'])} left as they were" if one["left"] else ""
+        more = "" if one["ended"] else "; 'strongroom keys reencrypt' goes on with it"
+        click.echo(f"{known} under a new study key{left}{more}")
 
 
 @keys_command.command("rotate")
@@ -247,9 +264,17 @@ def _secret(
         module, _, label = token.rpartition(":")
         if not module:
             raise click.UsageError("a token is MODULE:TOKEN, the module's path and the token's label")
-        pin = click.prompt("PIN", hide_input=True, err=True)
+        pin = ask_hidden("PIN")
+        if not pin:
+            raise StrongroomError("no PIN was given", hint="type it on a terminal, or pipe it in")
         return secret_document(slots.Token(pin, slots.TokenPlace(module, label)))
     if passphrase_file is None and key_file is None:
+        if not sys.stdin.isatty():
+            # A prompt would take what is piped, and say on the way that it may be shown.
+            raise StrongroomError(
+                "there is no terminal to ask for a passphrase on",
+                hint="--passphrase-file FILE reads its first line; --key-file FILE takes a key file",
+            )
         text = click.prompt("Passphrase", hide_input=True, err=True, confirmation_prompt=confirm)
         return secret_document(slots.Passphrase(text))
     return secret_document(ask_secret(key_file, passphrase_file))

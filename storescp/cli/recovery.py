@@ -14,8 +14,10 @@ import msgspec
 
 from keys import encoding, recovery, shares
 from keys.shares import RecoveryError
+from keys.versions import store_id_of
 from storescp import clock
 from storescp.cli import output
+from storescp.cli.backup import drill_command
 from storescp.cli.session import config_of, vault
 from storescp.errors import NOTHING, StrongroomError
 
@@ -35,6 +37,9 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.group("recovery")
 def recovery_command() -> None:
     """Recovery shares on paper, and exports that only they open: what rebuilds the keyring on another machine."""
+
+
+recovery_command.add_command(drill_command)
 
 
 @recovery_command.command("init")
@@ -62,8 +67,9 @@ def init(given: str | None, /, count: int, threshold: int, printer: str | None, 
         )
     if printer is not None and shutil.which("lp") is None:
         raise StrongroomError("there is no 'lp' to print with", hint="install CUPS' client, or use --file")
-    with vault(config_of(given)) as client:
-        store = client.json("GET", "/v1/status")["store_id"]
+    config = config_of(given)
+    with vault(config) as client:
+        store = store_id_of(config.signing_key).hex()
         try:
             key, made = shares.new_recovery(bytes.fromhex(store), count, threshold, created=clock.now())
         except RecoveryError as error:
@@ -192,8 +198,9 @@ def retire(given: str | None, /, recovery_id: str, yes: bool) -> None:
 @recovery_command.command("rebuild")
 @click.option("--export", "file", type=_FILE, required=True, help="The recovery export.")
 @click.option("--key-file", type=_FILE, required=True, help="New key file to write, which opens the new keyring.")
+@click.option("--file-anchors", is_flag=True, help="Make the anchors as files, though the configuration names a token.")
 @click.pass_obj
-def rebuild(given: str | None, /, file: Path, key_file: Path) -> None:
+def rebuild(given: str | None, /, file: Path, key_file: Path, file_anchors: bool) -> None:
     r"""Rebuild the keyring and the anchors from an export and enough shares: on a new machine, or after a lost disk.
 
     The configuration and what else of the store there is (keys.db, ledger and packs in store/; peers, TLS) come from
@@ -217,7 +224,9 @@ def rebuild(given: str | None, /, file: Path, key_file: Path) -> None:
     typed: list[str] = []
     while not typed or typed[-1]:
         typed.append(click.prompt(f"Share {len(typed) + 1} (empty when done)", default="", hide_input=True, err=True))
-    versions = rebuilding.rebuild(config, content, [words for words in typed if words], key_file)
+    versions = rebuilding.rebuild(
+        config, content, [words for words in typed if words], key_file, file_anchors=file_anchors
+    )
     click.echo(f"keyring and anchors are rebuilt, with key versions {', '.join(str(v) for v in versions)}")
     click.echo(f"key file: {key_file}; 'strongroom serve', then 'strongroom verify'")
 

@@ -50,7 +50,7 @@ def vault(config: Config, *, unlocked: bool = True) -> Iterator[Client]:
             client.close()
         return
     with _started(config) as client:
-        if unlocked and client.json("GET", "/v1/status")["locked"]:
+        if unlocked and client.json("GET", "/v1/locked")["locked"]:
             unlock(client, ask_secret(None, None))
         yield client
 
@@ -97,6 +97,21 @@ def ask_secret(key_file: Path | None, passphrase_file: Path | None) -> slots.Sec
             status=LOCKED,
         )
     return slots.Passphrase(click.prompt("Passphrase", hide_input=True, err=True))
+
+
+def ask_hidden(prompt: str) -> str:
+    """Return a line that is typed without being shown, or comes from a pipe."""
+    if sys.stdin.isatty():
+        return str(click.prompt(prompt, default="", show_default=False, hide_input=True, err=True))
+    return sys.stdin.readline().rstrip("\n")
+
+
+def ask_shares() -> list[str]:
+    """Return the recovery shares that somebody types, one after the other, an empty line behind the last."""
+    typed: list[str] = []
+    while not typed or typed[-1]:
+        typed.append(ask_hidden(f"Share {len(typed) + 1} (empty when done)"))
+    return typed[:-1]
 
 
 def read_passphrase(file: Path) -> str:

@@ -14,7 +14,7 @@ import click
 from keys import slots
 from storescp.cli import output
 from storescp.cli.session import ask_secret, config_of, read_passphrase, unlock, vault
-from storescp.config import is_ae_title, parse_address
+from storescp.config import is_ae_title, parse_address, split_token
 from storescp.errors import StrongroomError
 
 _WARNING = """\
@@ -45,6 +45,8 @@ there are two slots ('strongroom keys slot add')."""
 @click.option("--vault-user", help="The vault's user, where gate and vault are two; needs root.")
 @click.option("--gate-user", help="The gate's user, where gate and vault are two; needs root.")
 @click.option("--server-name", multiple=True, help="Name or address in the server certificate; may be repeated.")
+@click.option("--anchor-token", metavar="MODULE:TOKEN", help="Keep the anchors on a PKCS#11 token; asks for its PIN.")
+@click.option("--anchor-pin-file", type=click.Path(path_type=Path), help="The token's PIN is, and stays, in this file.")
 @click.pass_obj
 def init_command(
     given: str | None,
@@ -57,10 +59,14 @@ def init_command(
     vault_user: str | None,
     gate_user: str | None,
     server_name: tuple[str, ...],
+    anchor_token: str | None,
+    anchor_pin_file: Path | None,
 ) -> None:
     r"""Make a new store beside its configuration file.
 
     Without --key-file and --passphrase-file a passphrase is asked for. A store is never made over another one.
+
+    With --anchor-token the key versions' anchors are keys of a token that never leave it (docs/anchors.md).
 
     With --vault-user and --gate-user each gets what is its own; 'serve' as root then runs the two as these users.
 
@@ -69,7 +75,7 @@ def init_command(
       $ strongroom --config /srv/strongroom/strongroom.toml init --with-pki --listen 192.0.2.10:2762
     Exit status: 0 made, 1 something is there already, 2 usage.
     """
-    from storescp.vault.create import Plan, create
+    from storescp.vault.create import PIN_CREDENTIAL, Plan, create
 
     for address in listen:
         try:
@@ -79,6 +85,7 @@ def init_command(
     if not is_ae_title(ae_title):
         raise click.BadParameter(f"'{ae_title}' is no AE title: 1 to 16 ASCII characters, no backslash")
     users = _users(vault_user, gate_user)
+    pin = _anchor_pin(anchor_token, anchor_pin_file)
     passphrase = _new_passphrase(key_file, passphrase_file)
     names = list(server_name) or _names(listen)
     file = Path(given or "strongroom.toml").absolute()
@@ -92,6 +99,9 @@ def init_command(
             names,
             with_pki,
             users,
+            anchor_token or "",
+            pin,
+            anchor_pin_file.absolute() if anchor_pin_file else None,
         )
     )
     click.echo(f"made a store: {config.store_path}")
@@ -102,25 +112,36 @@ def init_command(
         click.echo(f"server certificate: {config.certificate} for {', '.join(names)}")
     else:
         click.echo(f"put the server's certificate at {config.certificate} and its key at {config.private_key}")
+    if pin is not None:
+        click.echo(
+            f"the PIN was not kept: give it to the vault as {PIN_CREDENTIAL} (LoadCredentialEncrypted= in its unit), "
+            "or name a file with it in keys.anchor_pin"
+        )
     click.echo()
-    click.echo(_WARNING.format(keyring=config.keyring, anchors=config.anchors))
+    anchors = f"{config.anchors} and the token {config.anchor_token[1]!r}" if config.anchor_token else config.anchors
+    click.echo(_WARNING.format(keyring=config.keyring, anchors=anchors))
 
 
 @click.command("unlock")
 @click.option("--key-file", type=click.Path(path_type=Path), help="Unlock with a key file.")
 @click.option("--passphrase-file", type=click.Path(path_type=Path), help="Read the passphrase from a file.")
+@click.option("--token", is_flag=True, help="Unlock with the token of a slot; asks for its PIN.")
 @click.pass_obj
-def unlock_command(given: str | None, /, key_file: Path | None, passphrase_file: Path | None) -> None:
+def unlock_command(given: str | None, /, key_file: Path | None, passphrase_file: Path | None, token: bool) -> None:
     r"""Unlock the running vault, which then admits what waits. Asks for the passphrase unless a file is named.
 
     \b
-    Example:
+    Examples:
       $ strongroom unlock
+      $ strongroom unlock --token
     Exit status: 0 unlocked, 1 failed, 4 this does not unlock the store.
     """
     config = config_of(given)
     with vault(config, unlocked=False) as client:
-        unlock(client, ask_secret(key_file, passphrase_file))
+        if token:
+            unlock(client, slots.Token(click.prompt("PIN of the token", hide_input=True, err=True)))
+        else:
+            unlock(client, ask_secret(key_file, passphrase_file))
     click.echo("unlocked")
 
 
@@ -209,6 +230,19 @@ def _new_passphrase(key_file: Path | None, passphrase_file: Path | None) -> str 
     except slots.WeakPassphraseError as error:
         raise StrongroomError(str(error), hint="four or more unrelated words are good and can be remembered") from error
     return text
+
+
+def _anchor_pin(token: str | None, pin_file: Path | None) -> str | None:
+    """Return the token's PIN as typed; None where there is no token, or a file with its PIN."""
+    if token is None:
+        if pin_file is not None:
+            raise click.UsageError("--anchor-pin-file is for --anchor-token")
+        return None
+    try:
+        split_token(token)
+    except ValueError as error:
+        raise click.BadParameter(f"'{token}' is not MODULE:TOKEN, an absolute path and a token's label") from error
+    return None if pin_file else click.prompt("PIN of the token", hide_input=True, err=True)
 
 
 def _users(vault: str | None, gate: str | None) -> tuple[str, str] | None:

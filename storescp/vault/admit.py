@@ -33,14 +33,18 @@ from storage.ledger import Decision, Ledger
 from storage.packfile import OpenedPack, PackFile, Record, Unreadable, frames_digest
 from storage.sqlite import DatabaseError
 from storescp import clock
+from storescp.errors import StrongroomError
 from storescp.vault.examine import Examiner, Findings, Judged, frames, open_pack
 from storescp.vault.judge import OTHER_KEY, Verdict
+from storescp.vault.repack import settle
 
 # A pack that was not finished making in this long never will be: its gate is gone.
 _UNFINISHED_SECONDS = 60
 # Holes in an honest deposit are the gaps of under 4,096 bytes behind its records.
 _SPARSE_LIMIT = 64 << 20
 _ROWS_AT_ONCE = 500
+# Of an index that is filled, in one transaction.
+_FILL_PACKS = 200
 # How often records of packs that stay open are listed though nobody asks.
 _LIST_SECONDS = 30.0
 
@@ -72,6 +76,7 @@ class Admission:
         gate_uid: int,
         room: Callable[[int], bool],
         retired: Retired,
+        quarantine_resent: bool,
     ) -> None:
         """Prepare to admit.
 
@@ -84,13 +89,14 @@ class Admission:
             gate_uid: Whose deposits are taken.
             room: Tells whether the archive has room for so many bytes more.
             retired: What came too late.
+            quarantine_resent: Whether somebody is to decide about an erased study that is sent again.
         """
         self._archive = archive
         self._keyring = keyring
         self._keys_db = keys_db
         self._index = index
         self._ledger = ledger
-        self._examiner = Examiner(archive, keyring, keys_db, index)
+        self._examiner = Examiner(archive, keyring, keys_db, index, self._erased if quarantine_resent else _never)
         self._gate_uid = gate_uid
         # By copy where the gate keeps a hold on its files, and where a rename could not cross file systems.
         self._copies = gate_uid != os.geteuid() or not archive.one_file_system()
@@ -111,21 +117,73 @@ class Admission:
             for decision in self._ledger.decisions()[-1:]:
                 self._apply(decision)
 
-    def reindex(self) -> None:
-        """Fill the index anew from packs, key records and the ledger's decisions."""
+    # --- filling the index
+
+    def begin_filling(self) -> None:
+        """Empty the index, to be filled anew from packs, key records and the ledger's decisions."""
         with self._lock:
             self._index.begin_anew()
-            self._finish_all()
-            for decision in self._ledger.decisions():
-                self._apply(decision)
-            self._index.filled()
+
+    def fill(self, seconds: float) -> bool:
+        """Fill an index that is new, or was emptied, for a time; tell whether it is whole.
+
+        Nothing is admitted before it is: what is held already could not be told.
+        """
+        until = time.monotonic() + seconds
+        with self._lock:
+            while (done := self._index.filled_to()) is not None:
+                batch = self._keys_db.admitted(done, _FILL_PACKS)
+                if not batch:
+                    self._archive.clear(lambda pack_id: self._keys_db.find(pack_id) is not None)
+                    self._finish_all()
+                    for decision in self._ledger.decisions():
+                        self._apply(decision)
+                    self._index.filled()
+                    log.info("the index is whole")
+                    break
+                # A pack that has its name, perhaps since a moment before a crash: rows must not be more durable.
+                self._archive.sync_objects({record.pack_id[:2] for record in batch})
+                with self._index.filling():
+                    for record in batch:
+                        self._finish(record.pack_id, synced=True)
+                    self._index.filled_up_to(batch[-1].place.admission)
+                if time.monotonic() > until:
+                    return False
+        return True
+
+    def reindex(self) -> None:
+        """Fill the index anew, all at once."""
+        self.begin_filling()
+        self.fill(float("inf"))
+
+    def filling(self) -> tuple[int, int] | None:
+        """Return how many packs are in an index that is being filled, of how many; None for a whole one."""
+        if self._index.filled_to() is None:
+            return None
+        return self._index.archived_count(), self._keys_db.count()
+
+    def must_be_filled(self) -> None:
+        """Check that the index is whole.
+
+        Raises:
+            StrongroomError: It is being filled.
+        """
+        if (state := self.filling()) is not None:
+            raise StrongroomError(
+                f"the index is being filled: {state[0]} of {state[1]} packs are in it",
+                hint="it goes on by itself while the vault runs; 'strongroom status' says how far it is",
+            )
 
     def catch_up(self) -> int:
         """Admit every deposit that is closed, list the records of those that are open; return how many were admitted.
 
         When this returns, everything that was acknowledged before it was called can be found.
+
+        Raises:
+            StrongroomError: The index is being filled.
         """
         with self._lock:
+            self.must_be_filled()
             self._recover()
             deposits = self._archive.deposits()
             admitted = sum(self._look_at(path) for path in deposits)
@@ -139,6 +197,8 @@ class Admission:
         """
         until = time.monotonic() + seconds
         admitted = 0
+        if not self.fill(seconds):
+            return 0, False
         with self._lock:
             self._recover()
             deposits = self._archive.deposits()
@@ -150,6 +210,10 @@ class Admission:
             self._listed = {name: when for name, when in self._listed.items() if name in present}
             self._tidy(present)
         return admitted, True
+
+    def interrupted(self) -> None:
+        """Admit nothing more before what was left in the middle is finished."""
+        self._interrupted = True
 
     def _recover(self) -> None:
         if self._interrupted:
@@ -345,6 +409,9 @@ class Admission:
         current = self._keyring.current()
         self._keys_db.add(StudyKeyRecord(place, current.version, current.wrap_study(opened.key, place)))
 
+    def _erased(self, study: str) -> bool:
+        return attributes.is_uid(study) and self._ledger.erasure_of(study_tag(self._keyring, study)) is not None
+
     def _study(self, judged: list[Judged]) -> str:
         return judged[0].record.attributes.text(attributes.STUDY)
 
@@ -352,27 +419,33 @@ class Admission:
 
     def _finish_all(self) -> None:
         """Finish every pack whose study key is recorded, but not its admission in the index."""
+        # First: a pack that has its new key, and in the index still its old name, is not to be judged anew.
+        settle(self._archive, self._keys_db, self._index, self._ledger)
         indexed = self._index.archived_packs()
         for pack_id in self._keys_db.packs():
             if pack_id not in indexed:
                 self._finish(pack_id)
 
-    def _finish(self, pack_id: str) -> None:
-        """Bring a pack whose study key is recorded to where it belongs, and its rows into the index."""
+    def _finish(self, pack_id: str, *, synced: bool = False) -> None:
+        """Bring a pack whose study key is recorded to where it belongs, and its rows into the index.
+
+        ``synced``: a name that is there is durable.
+        """
         record = self._keys_db.find(pack_id)
         if record is None:
             return
         quarantined = record.place.pack_id != record.place.key_id
         target = self._archive.quarantine_path(pack_id) if quarantined else self._archive.path(pack_id)
         try:
-            if not self._archive.finish(target):
+            if not (synced and target.exists()) and not self._archive.finish(target):
                 with PackFile(self._archive.incoming / pack_id, write=True) as deposit:
                     if deposit.size != record.place.length:
                         raise pack.PackError("the deposit is not the one that its study key was sealed for")
                     self._archive.adopt(deposit)
             with PackFile(target) as archived:
                 opened = open_pack(archived, self._keyring, record)
-                found = [j for j in self._examiner.judge(opened, whole=False, pack_id=pack_id) if isinstance(j, Judged)]
+                judged = self._examiner.judge(opened, whole=False, pack_id=pack_id, fresh=False)
+                found = [j for j in judged if isinstance(j, Judged)]
                 kept = found if quarantined else [_settled(j) for j in found]
                 self._file(pack_id, record.place, kept)
         except (OSError, pack.PackError, SealError, KeyringError, AnchorError) as error:
@@ -496,6 +569,10 @@ class Admission:
                 continue
             except OSError:
                 self._say_once(path.name, f"{path.name} in incoming is no deposit and cannot be removed")
+
+
+def _never(_study: str) -> bool:
+    return False
 
 
 def study_tag(keyring: Keyring, study: str) -> bytes:

@@ -6,6 +6,7 @@ with ``time`` and ``type``; docs/admin.md lists the types.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -261,6 +262,12 @@ class Auditor:
             log.error("the head of the audit chain is not kept in the ledger: %s", error)
 
     # --- reading
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[int]:
+        """Let nobody append meanwhile; give the number of the last record."""
+        with self._lock:
+            yield self._chain.head.number if self._chain else 0
 
     @property
     def head(self) -> audit.Head | None:

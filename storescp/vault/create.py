@@ -11,20 +11,25 @@ from pathlib import Path
 import msgspec
 
 from keys import authority, encoding, keyring, slots
-from keys.anchors import FileAnchors
+from keys.anchors import AnchorError, FileAnchors
+from keys.token import TokenError
 from storage.archive import Archive
 from storage.keysdb import KeysDatabase
 from storescp.config import Config, Settings, Store, render
 from storescp.errors import StrongroomError
+from storescp.vault.anchors import anchors_of, attach
 
 _SERVER_DAYS = 825
+# Where a vault gets the PIN of a token from that was typed at 'init'.
+PIN_CREDENTIAL = "credential:strongroom-anchor-pin"
 
 
 class Plan(msgspec.Struct, frozen=True):
     """What to make.
 
     ``key_file`` is where a new key file goes; ``passphrase`` makes a slot of its own; ``users`` are the vault's and the
-    gate's, where they are two.
+    gate's, where they are two. ``anchor_token`` (MODULE:TOKEN) holds the anchors, where it is not empty; its PIN was
+    typed (``anchor_pin``) or is in a file.
     """
 
     file: Path
@@ -35,13 +40,16 @@ class Plan(msgspec.Struct, frozen=True):
     server_names: list[str]
     with_pki: bool
     users: tuple[str, str] | None = None
+    anchor_token: str = ""
+    anchor_pin: str | None = None
+    anchor_pin_file: Path | None = None
 
 
 def create(plan: Plan) -> Config:
     """Make a store beside its configuration file.
 
     Raises:
-        StrongroomError: Something of a store is there already; nothing was changed.
+        StrongroomError: Something of a store is there already, or the token of its anchors is not; nothing was changed.
     """
     home = plan.file.parent
     taken = [
@@ -52,6 +60,9 @@ def create(plan: Plan) -> Config:
             f"{taken[0]} exists already: a store is never made over another one",
             hint="name another place with --config DIR/strongroom.toml",
         )
+    settings = _settings(plan)
+    config = Config(plan.file, settings)
+    _try_token(config, plan)
     # Of the folders on the way to the store, those that are made now need a durable name in theirs.
     new = [folder for folder in (home, *home.parents) if not folder.exists()]
     now = datetime.now(UTC)
@@ -66,12 +77,16 @@ def create(plan: Plan) -> Config:
     if plan.passphrase is not None:
         secrets.append((slots.Passphrase(plan.passphrase), "first"))
 
-    anchors = FileAnchors(home / "anchors")
-    anchors.prepare()
-    ring = keyring.new_keyring(secrets, anchors, created)
+    FileAnchors(config.anchors).prepare()
+    try:
+        ring = keyring.new_keyring(secrets, anchors_of(config, plan.anchor_pin), created)
+    except AnchorError as error:
+        raise StrongroomError(
+            str(error), hint=f"nothing is in {home} yet that counts: remove it, begin again"
+        ) from error
     if plan.with_pki:
         ring.body.authority = authority.new_authority(ring.header.store_id, now)
-    settings = _settings(plan, ring)
+    settings.store.signing_key = "ed25519:" + base64.b64encode(ring.header.signing_key).decode()
     config = Config(plan.file, settings)
     for folder, mode in (
         (config.store_path, 0o700),
@@ -100,9 +115,18 @@ def create(plan: Plan) -> Config:
     return config
 
 
-def _settings(plan: Plan, ring: keyring.Keyring) -> Settings:
-    public = "ed25519:" + base64.b64encode(ring.header.signing_key).decode()
-    settings = Settings(store=Store(path="store", anchors="anchors", spool="spool", signing_key=public))
+def _try_token(config: Config, plan: Plan) -> None:
+    if config.anchor_token is None:
+        return
+    try:
+        attach(config, plan.anchor_pin).close()
+    except TokenError as error:
+        raise StrongroomError(str(error), hint="docs/anchors.md says what a token needs; nothing was made") from error
+
+
+def _settings(plan: Plan) -> Settings:
+    """Return the settings of a new store; its signing key comes later."""
+    settings = Settings(store=Store(path="store", anchors="anchors", spool="spool", signing_key=""))
     settings.gate.listen = plan.listen
     settings.gate.ae_title = plan.ae_title
     if plan.with_pki:
@@ -110,10 +134,17 @@ def _settings(plan: Plan, ring: keyring.Keyring) -> Settings:
     if plan.users is not None:
         settings.gate.user = plan.users[1]
     if plan.key_file is not None:
-        home = plan.file.parent
-        inside = plan.key_file.is_relative_to(home)
-        settings.unlock.key_file = str(plan.key_file.relative_to(home) if inside else plan.key_file)
+        settings.unlock.key_file = _from(plan, plan.key_file)
+    if plan.anchor_token:
+        settings.keys.anchor, settings.keys.anchor_token = "token", plan.anchor_token
+        settings.keys.anchor_pin = _from(plan, plan.anchor_pin_file) if plan.anchor_pin_file else PIN_CREDENTIAL
     return settings
+
+
+def _from(plan: Plan, path: Path) -> str:
+    """Return a path as the configuration names it: without its folder where it is in it."""
+    home = plan.file.parent
+    return str(path.relative_to(home) if path.is_relative_to(home) else path)
 
 
 def _issue_server(plan: Plan, config: Config, ring: keyring.Keyring, now: datetime) -> None:
@@ -150,5 +181,6 @@ def _hand_over(config: Config, plan: Plan) -> None:
     if config.private_key.exists():
         os.chown(config.private_key, 0, gate.pw_gid)
         config.private_key.chmod(0o640)
-    if plan.key_file is not None:
-        os.chown(plan.key_file, vault.pw_uid, vault.pw_gid)
+    for secret in (plan.key_file, plan.anchor_pin_file):
+        if secret is not None:
+            os.chown(secret, vault.pw_uid, vault.pw_gid)

@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from keys import encoding, signed
+from keys.keyring import VersionRecord
 from keys.signed import SignedError
 from storage.deposit import FENCE
 from storage.ledger import Erasure
 from storage.sqlite import DatabaseError
 from storescp import clock
 from storescp.config import Config
-from storescp.errors import NOTHING, StrongroomError
+from storescp.errors import NOTHING, StrongroomError, plural
+from storescp.vault import holding
 from storescp.vault.admit import study_tag
 from storescp.vault.opened import Open
 from storescp.vault.recovery import opens
@@ -33,6 +35,7 @@ LABEL = "certificate"
 # How long to wait for objects that a gate is receiving into packs of the study.
 _FENCE_SECONDS = 60.0
 _POLL_SECONDS = 0.5
+_BACKUP = "a backup is being made, which names the study's packs"
 # A deposit under this name is no pack to anybody: neither admitted nor listed. The gate that writes it has it open.
 _PUT_ASIDE = ".erasing"
 # What a certificate does not speak of; each is said in it.
@@ -45,6 +48,11 @@ _NOT_COVERED = (
 # Among an erasure's versions: a key of the study stays in use, so that no version's end destroys it.
 _SHARED = 0
 _KEY_SHARED = "a key of the study, under which the gate deposited instances of another study too: those are kept"
+# A version's end says nothing of them: the roots under them are in keyrings of that time.
+_FORMER = (
+    "former anchors that a key version had before the store was rebuilt and that are not proved to be destroyed: who "
+    "has one, a keyring of that time and what unlocks it opens that version"
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,36 +75,42 @@ class Erase:
             raise StrongroomError("an erasure needs a reason")
         with self._vault.admitting():
             erasure = self._begin(uid, study, reason)
-            left = self._go_on(erasure.id)
-        yield {
-            "kind": "step",
-            "text": f"erasure {erasure.id}: {erasure.instances} instances in {len(erasure.packs)} packs",
-        }
+            waits = self._go_on(erasure.id)
+        held = f"{plural(erasure.instances, 'instance')} in {plural(len(erasure.packs), 'pack')}"
+        yield {"kind": "step", "text": f"erasure {erasure.id}: {held}"}
         until = time.monotonic() + _FENCE_SECONDS
-        while left:
-            if time.monotonic() > until:
+        while waits:
+            if waits == _BACKUP:
+                until = time.monotonic() + _FENCE_SECONDS
+            elif time.monotonic() > until:
                 raise StrongroomError(
-                    f"{left} packs of the study are still being received into",
-                    hint="the erasure goes on by itself; 'strongroom certificate list' says how far it is",
+                    f"the erasure is not done yet: {waits}",
+                    hint="it goes on by itself; 'strongroom certificate list' says how far it is",
                 )
-            yield {"kind": "waiting", "text": f"{left} packs are still open in the gate"}
+            yield {"kind": "waiting", "text": waits}
             time.sleep(_POLL_SECONDS)
-            left = self._go_on(erasure.id)
+            waits = self._go_on(erasure.id)
         yield {
             "kind": "step",
             "text": f"erased; certificate {erasure.id} is pending until the key versions are destroyed",
         }
         yield {"kind": "certificate", "id": erasure.id}
 
+    def of_study(self, study: str) -> Erasure | None:
+        """Return the last erasure of a study, None where it was never erased."""
+        with self._vault.admitting():
+            open_ = self._vault.unlocked()
+            return open_.ledger.erasure_of(study_tag(open_.ring, study))
+
     def resume(self) -> None:
         """Finish what was interrupted, as far as that goes now, and make certificates final."""
         with self._vault.admitting():
             open_ = self._vault.opened
-            unfinished = [e.id for e in open_.ledger.erasures() if not e.erased] if open_ else []
+            unfinished = [e.id for e in open_.ledger.erasures("begun")] if open_ else []
         for erasure_id in unfinished:
             try:
-                if left := self._go_on(erasure_id):
-                    log.warning("erasure %s waits for %d packs that are being received into", erasure_id, left)
+                if waits := self._go_on(erasure_id):
+                    log.warning("erasure %s waits: %s", erasure_id, waits)
             except (StrongroomError, OSError, DatabaseError) as error:
                 log.error("erasure %s is not done yet: %s", erasure_id, error)
         try:
@@ -111,9 +125,15 @@ class Erase:
         self._vault.admit()
         open_ = self._vault.unlocked()
         tag = study_tag(open_.ring, study)
-        before = next((e for e in open_.ledger.erasures() if e.tag == tag and not e.erased), None)
-        if before is not None:
+        before = open_.ledger.erasure_of(tag)
+        if before is not None and not before.erased:
             return before
+        open_.admission.must_be_filled()
+        if hold := holding.held(open_, study):
+            raise StrongroomError(
+                f"study {study} is under {hold}: nobody erases it",
+                hint="'strongroom hold list' says why, and whose it is",
+            )
         packs = self._packs(open_, tag, study)
         if not packs:
             raise StrongroomError(f"study {study} is not held here", hint="'strongroom list' lists", status=NOTHING)
@@ -138,7 +158,7 @@ class Erase:
 
     def _fence(self, open_: Open) -> None:
         """Tell gates which packs to let go: those of all erasures that are not done."""
-        packs = sorted({p for e in open_.ledger.erasures() if not e.erased for p in e.fenced})
+        packs = sorted({p for e in open_.ledger.erasures("begun") for p in e.fenced})
         path = self._config.public / FENCE
         try:
             told = signed.read(FENCE, path.read_bytes(), self._config.signing_key)["packs"]
@@ -150,8 +170,8 @@ class Erase:
             document = {"created": clock.now(), "format": 1, "packs": packs, "store_id": open_.ring.header.store_id}
             encoding.replace(path, signed.write(FENCE, document, open_.ring.signing), mode=0o644)
 
-    def _go_on(self, erasure_id: str) -> int:
-        """Erase what can be erased now; return how many packs gates still have open, 0 when all is done.
+    def _go_on(self, erasure_id: str) -> str:
+        """Erase what can be erased now; return what it waits for, in words; empty when all is done.
 
         Raises:
             StrongroomError: The vault is locked, or something cannot be recorded or forgotten.
@@ -159,13 +179,18 @@ class Erase:
         with self._vault.admitting():
             open_ = self._vault.unlocked()
             # As it is now: the vault's loop and somebody who asks may both be at it.
-            erasure = next(e for e in open_.ledger.erasures() if e.id == erasure_id)
-            if erasure.erased:
-                return 0
+            erasure = open_.ledger.erasure(erasure_id)
+            if erasure is None or erasure.erased:
+                return ""
             self._put_aside(open_, erasure)
             self._fence(open_)
-            self._note(open_, erasure)
-            self._erase(open_, erasure)
+            if not open_.packs_lock.acquire(blocking=False):
+                return _BACKUP
+            try:
+                self._note(open_, erasure)
+                self._erase(open_, erasure)
+            finally:
+                open_.packs_lock.release()
             left = sum(self._is_left(open_, pack_id) for pack_id in erasure.fenced)
             if not left:
                 self._vault.auditor.record("erased", erasure=erasure.id, packs=len(erasure.packs))
@@ -173,7 +198,7 @@ class Erase:
                 self._certify(open_, erasure, {})
                 open_.ledger.set_erasure(erasure)
                 self._fence(open_)
-            return left
+            return f"{plural(left, 'pack')} still open in the gate" if left else ""
 
     def _put_aside(self, open_: Open, erasure: Erasure) -> None:
         """Take the study's deposits out of everybody's sight.
@@ -205,7 +230,7 @@ class Erase:
             alive = {r.version for r in open_.ring.body.versions if r.state != "destroyed"}
             versions = sorted({*versions, *alive})
             keys = {r.place.key_id for r in records if r.pack_id in packs} | {bytes.fromhex(p) for p in packs}
-            if any(r.place.key_id in keys and r.pack_id not in packs for r in open_.keys_db.records()):
+            if any(r.pack_id not in packs for key in keys for r in open_.keys_db.of_key(key)):
                 # No honest gate puts two studies under one key.
                 versions = sorted({_SHARED, *versions})
         if (packs, versions) != (erasure.packs, erasure.versions):
@@ -250,8 +275,8 @@ class Erase:
                 return
             destroyed = {r.old: r.destroyed for r in open_.ledger.rotations() if r.destroyed}
             exports = open_.ledger.exports()
-            for erasure in open_.ledger.erasures():
-                if not erasure.erased or erasure.final or any(v not in destroyed for v in erasure.versions):
+            for erasure in open_.ledger.erasures("erased"):
+                if any(v not in destroyed for v in erasure.versions):
                     continue
                 # An export holds the versions' roots: whoever has its shares opens them without any anchor.
                 if not opens(exports, erasure.versions):
@@ -261,6 +286,7 @@ class Erase:
                     open_.ledger.set_erasure(erasure)
 
     def _certify(self, open_: Open, erasure: Erasure, destroyed: dict[int, str]) -> None:
+        versions = [record for record in open_.ring.body.versions if record.version in erasure.versions]
         document = {
             "format": 1,
             "id": erasure.id,
@@ -279,13 +305,23 @@ class Erase:
                     "anchor": record.anchor.provider,
                     "grade": open_.ring.grade(record.version),
                     "destroyed": destroyed.get(record.version, ""),
+                    **_former(record),
                 }
-                for record in open_.ring.body.versions
-                if record.version in erasure.versions
+                for record in versions
             ],
-            "not_covered": [*_NOT_COVERED, *([_KEY_SHARED] if _SHARED in erasure.versions else [])],
+            "not_covered": [
+                *_NOT_COVERED,
+                *([_KEY_SHARED] if _SHARED in erasure.versions else []),
+                *([_FORMER] if any(r.former for r in versions) else []),
+            ],
             "signed": clock.now(),
         }
         self._folder.mkdir(mode=0o700, exist_ok=True)
         encoding.replace(self._folder / f"{erasure.id}.json", signed.write(LABEL, document, open_.ring.signing))
         encoding.sync_folder(self._folder.parent)
+
+
+def _former(record: VersionRecord) -> dict[str, Any]:
+    """Return what a certificate says of the anchors that a version had before and that may still be somewhere."""
+    former = [{"id": anchor.id, "anchor": anchor.provider} for anchor in record.former]
+    return {"former_anchors": former} if former else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -45,7 +45,19 @@ class Findings(msgspec.Struct):
 class Examiner:
     """Judges records against the archive; changes nothing."""
 
-    def __init__(self, archive: Archive, keyring: Keyring, keys_db: KeysDatabase, index: Index) -> None:
+    def __init__(
+        self, archive: Archive, keyring: Keyring, keys_db: KeysDatabase, index: Index, erased: Callable[[str], bool]
+    ) -> None:
+        """Prepare to judge.
+
+        Args:
+            archive: The store's folders.
+            keyring: Unlocked.
+            keys_db: Of the judging thread alone.
+            index: Of the judging thread alone.
+            erased: Tells of a study of which nothing is held whether it was erased, so that somebody is to decide.
+        """
+        self._erased = erased
         self._archive = archive
         self._keyring = keyring
         self._keys_db = keys_db
@@ -67,7 +79,14 @@ class Examiner:
         return OpenedPack(file, version.unwrap_deposit(file.header.wrapped, file.header.key_id))
 
     def judge(
-        self, opened: OpenedPack, *, start: int = pack.PAGE, whole: bool, closed: bool = True, pack_id: str = ""
+        self,
+        opened: OpenedPack,
+        *,
+        start: int = pack.PAGE,
+        whole: bool,
+        closed: bool = True,
+        pack_id: str = "",
+        fresh: bool = True,
     ) -> Iterator[Judged | Unreadable]:
         """Yield each record of a pack with its verdict, and what does not open.
 
@@ -77,10 +96,12 @@ class Examiner:
             whole: Open data sets too, not only attributes.
             closed: Nobody writes the pack any more.
             pack_id: The pack's name, where it is not the file's.
+            fresh: It is a deposit: what was admitted once is not asked about again.
         """
         pack_id = pack_id or opened.file.path.name
         first_study = self._index.study_of(pack_id) if start > pack.PAGE else ""
         patients: dict[str, Patient | None] = {}
+        erased: dict[str, bool] = {}
         batch: dict[str, Place] = {}
         for found in opened.records(start, whole=whole, closed=closed):
             if isinstance(found, Unreadable):
@@ -91,6 +112,7 @@ class Examiner:
             first_study = first_study or study
             if study not in patients:
                 patients[study] = self._index.patient(study)
+                erased[study] = fresh and patients[study] is None and self._erased(study)
             held = batch.get(uid) or self._index.held(uid, besides=pack_id)
             decided = judge(
                 first_study=first_study,
@@ -99,6 +121,7 @@ class Examiner:
                 instance=patient_of(found.attributes),
                 held_syntax=held.transfer_syntax if held else None,
                 syntax=found.attributes.transfer_syntax,
+                erased=erased[study],
             )
             verdict, reason = decided or self._compare(found, opened, held)
             if verdict is Verdict.HOLD:

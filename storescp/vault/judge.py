@@ -22,6 +22,7 @@ class Verdict(enum.Enum):
 OTHER_CONTENT = "other content under the UID of an instance that is held"
 OTHER_PATIENT = "another patient than the study's"
 OTHER_STUDY = "another study than the pack's first record"
+ERASED = "its study was erased before, and retention.resent wants a decision"
 OTHER_KEY = "a pack under a key id that is known, with other records"
 
 
@@ -41,7 +42,14 @@ def contradicts(study: Patient, instance: Patient) -> bool:
 
 
 def judge(
-    *, first_study: str, study: str, patient: Patient | None, instance: Patient, held_syntax: str | None, syntax: str
+    *,
+    first_study: str,
+    study: str,
+    patient: Patient | None,
+    instance: Patient,
+    held_syntax: str | None,
+    syntax: str,
+    erased: bool = False,
 ) -> tuple[Verdict, str] | None:
     """Decide about a record as far as attributes can.
 
@@ -52,12 +60,15 @@ def judge(
         instance: Whom this record is about.
         held_syntax: Transfer syntax of the instance held under this UID, if one is.
         syntax: Transfer syntax of this record.
+        erased: The study was erased before, nothing of it is held again, and somebody is to decide about it.
 
     Returns:
         A verdict with its reason, or None where the contents of both must be compared.
     """
     if study != first_study:
         return Verdict.QUARANTINE, OTHER_STUDY
+    if erased:
+        return Verdict.QUARANTINE, ERASED
     if held_syntax is None:
         if patient is not None and contradicts(patient, instance):
             return Verdict.QUARANTINE, OTHER_PATIENT

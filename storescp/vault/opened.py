@@ -17,10 +17,11 @@ from storage.archive import Archive
 from storage.index import Index
 from storage.keysdb import KeysDatabase
 from storage.ledger import Ledger
+from storage.retentionrules import QUARANTINE
 from storescp import space
 from storescp.config import Config
 from storescp.errors import StrongroomError
-from storescp.vault.admit import Admission, Retired
+from storescp.vault.admit import Admission, Retired, study_tag
 
 
 class Reader(msgspec.Struct, frozen=True):
@@ -46,12 +47,14 @@ class Open:
         self.keys_db = KeysDatabase(config.keys_db, migrate=True)
         self.gate_uid = gate_uid(config)
         self.rotating = threading.Lock()
+        # Held while a backup copies packs, and by whoever removes one: what a backup names must not go meanwhile.
+        self.packs_lock = threading.Lock()
         self._retired = Retired({})
         self._readers: queue.SimpleQueue[Reader] = queue.SimpleQueue()
         # Held while readers' connections are lent or given back, and while the databases are exchanged.
         self._exchange = threading.Lock()
         self._closed = False
-        self._open_databases(_database_version(config, ring))
+        self._open_databases(database_version(config, ring))
 
     def _open_databases(self, version: int) -> None:
         config, keys = self._config, self.ring.version(version)
@@ -69,6 +72,7 @@ class Open:
                 gate_uid=self.gate_uid,
                 room=lambda count: space.archive_has_room(config, count),
                 retired=self._retired,
+                quarantine_resent=config.settings.retention.resent == QUARANTINE,
             )
             failed.pop_all()
         with self._exchange:
@@ -115,6 +119,16 @@ class Open:
             sqlite.remove(self._config.index(version))
             sqlite.remove(self._config.ledger(version))
 
+    def is_being_erased(self, study: str) -> bool:
+        """Tell whether an erasure of a study has begun and is not done."""
+        erasure = self.ledger.erasure_of(study_tag(self.ring, study))
+        return erasure is not None and not erasure.erased
+
+    def all_indexed(self, study: str) -> bool:
+        """Tell whether the index has rows of every pack of a study: rules see what it has, and nothing else."""
+        packs = {record.pack_id for record in self.keys_db.of_study(study_tag(self.ring, study))}
+        return packs <= set(self.index.packs_of(study))
+
     @property
     def closed(self) -> bool:
         """Tell whether the vault was locked meanwhile, so that nothing opens any more."""
@@ -145,10 +159,12 @@ class Open:
         return Ledger(self._config.ledger(version), self.ring.version(version).ledger_key())
 
     def start(self) -> None:
-        """Finish what a crash interrupted; fill an index that is new, or was being filled."""
-        if self.index.is_filling() or (self.keys_db.count() and not self.index.archived_packs()):
-            self.admission.reindex()
-        self.admission.resume()
+        """Finish what a crash interrupted; an index that is new is to be filled before anything is admitted."""
+        if self.index.filled_to() is None:
+            if self.keys_db.count() and not self.index.has_archived():
+                self.admission.begin_filling()
+            else:
+                self.admission.resume()
         self.remove_old_databases()
 
     def close(self) -> None:
@@ -163,7 +179,7 @@ class Open:
         self.ring.forget()
 
 
-def _database_version(config: Config, ring: Keyring) -> int:
+def database_version(config: Config, ring: Keyring) -> int:
     """Return under which version's keys the databases are: in the middle of a rotation not the newest one's."""
     known = [record.version for record in ring.body.versions if config.ledger(record.version).exists()]
     return max(known, default=ring.current().version)

@@ -8,16 +8,26 @@ import pwd
 from pathlib import Path
 
 from keys import encoding, recovery, shares, slots
-from keys.anchors import AnchorError, FileAnchors
+from keys.anchors import AnchorError, AnchorSet, FileAnchors, TokenAnchors
 from keys.keyring import KeyringError
 from keys.shares import RecoveryError
 from storescp import clock
 from storescp.config import Config
 from storescp.errors import StrongroomError
+from storescp.vault.anchors import anchors_of
 
 
-def rebuild(config: Config, export: bytes, typed: list[str], key_file: Path) -> list[int]:
+def rebuild(
+    config: Config, export: bytes, typed: list[str], key_file: Path, *, file_anchors: bool = False
+) -> list[int]:
     """Write a new keyring, new anchors, the deposit keys, and a new key file; return the versions that open.
+
+    Args:
+        config: The configuration; its token holds the new anchors, where it says so.
+        export: The recovery export.
+        typed: The shares' words.
+        key_file: Where the new key file goes.
+        file_anchors: Make the anchors as files all the same, because the token is not here.
 
     Raises:
         StrongroomError: The shares do not open the export, a vault runs, or something is in the way.
@@ -41,10 +51,11 @@ def rebuild(config: Config, export: bytes, typed: list[str], key_file: Path) -> 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StrongroomError("a vault runs on this store", hint="stop it first") from None
-        return _rebuild(config, contents, key_file)
+        anchors = AnchorSet(FileAnchors(config.anchors)) if file_anchors else anchors_of(config)
+        return _rebuild(config, contents, key_file, anchors)
 
 
-def _rebuild(config: Config, contents: recovery.Contents, key_file: Path) -> list[int]:
+def _rebuild(config: Config, contents: recovery.Contents, key_file: Path, anchors: AnchorSet) -> list[int]:
     now = clock.now()
     try:
         if config.anchors.exists() and any(config.anchors.glob("anchor-*")):
@@ -52,9 +63,8 @@ def _rebuild(config: Config, contents: recovery.Contents, key_file: Path) -> lis
                 f"{config.anchors} holds anchors already",
                 hint="put that folder aside if they are damaged, and begin again",
             )
-        anchors = FileAnchors(config.anchors)
         if not config.anchors.exists():
-            anchors.prepare()
+            FileAnchors(config.anchors).prepare()
         content = slots.new_key_file()
         ring = recovery.rebuild(contents, [(slots.parse_key_file(content), "rebuilt")], anchors, now)
         encoding.create(key_file, content)
@@ -71,7 +81,10 @@ def _rebuild(config: Config, contents: recovery.Contents, key_file: Path) -> lis
         ring.forget()
         _hand_over(config)
     except (RecoveryError, KeyringError, AnchorError) as error:
-        raise StrongroomError(f"the keyring cannot be rebuilt: {error}") from error
+        hint = "attach the token that keys.anchor_token names, or --file-anchors makes the anchors as files"
+        raise StrongroomError(
+            f"the keyring cannot be rebuilt: {error}", hint=hint if isinstance(anchors.first, TokenAnchors) else ""
+        ) from error
     except OSError as error:
         raise StrongroomError(f"the keyring cannot be rebuilt: {error.filename}: {error.strerror}") from error
     return versions

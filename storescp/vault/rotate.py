@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from storage.pack import PAGE, PackError, parse_header
 from storage.sqlite import DatabaseError
 from storescp import clock
 from storescp.config import Config
-from storescp.errors import LOCKED, StrongroomError
+from storescp.errors import LOCKED, StrongroomError, plural
+from storescp.vault.backup import follows
 from storescp.vault.erase import Erase
 from storescp.vault.opened import Open
 from storescp.vault.recovery import covers
@@ -41,10 +42,10 @@ _BATCH = 500
 # How long to wait for workers that make a pack under the old version just now, and for packs that are still open.
 _LOCK_SECONDS = 30.0
 _DRAIN_SECONDS = 60.0
-# What a new version must be in before the old one goes. No command makes backups yet: that one is always waived.
+# What a new version must be in before the old one goes, and what does that.
 _CONFIRMATIONS = {
-    "export": "a recovery export with the new version is confirmed or waived",
-    "backup": "a backup made since is confirmed or waived",
+    "export": "a recovery export with the new version is confirmed ('strongroom recovery confirm')",
+    "backup": "a backup made since is confirmed ('strongroom backup confirm')",
 }
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ class Rotate:
         yield {"kind": "step", "text": f"version {rotation.version} is current"}
         if rotation.sealed_off is None:
             self._seal_off(open_, rotation)
-        yield from self._rewrap(open_, rotation)
+        done, total = yield from self._rewrap(open_, rotation)
+        yield {"kind": "step", "text": f"rewrapped {done} of {plural(total, 'study key')}"}
         yield from self._drain(open_, rotation)
         self._databases(open_, rotation)
         yield {"kind": "step", "text": "index and ledger are under the new version"}
@@ -102,7 +104,8 @@ class Rotate:
     def _ends(self) -> Iterator[Progress]:
         destroyed = self.destroy_due()
         for old in destroyed:
-            yield {"kind": "step", "text": f"the anchor of version {old} is destroyed"}
+            grade = self._vault.unlocked().ring.grade(old)
+            yield {"kind": "step", "text": f"the anchor of version {old} is destroyed (NIST SP 800-88: {grade})"}
         if destroyed:
             Erase(self._vault).finalize()
         with self._vault.admitting():
@@ -163,6 +166,7 @@ class Rotate:
             KeyringError, AnchorError, OSError: It was not added.
         """
         ring, before = open_.ring, [(record, record.state) for record in open_.ring.body.versions]
+        generation = ring.header.generation
         try:
             ring.add_version(clock.now())
             ring.write(self._config.keyring)
@@ -171,7 +175,7 @@ class Rotate:
             del ring.body.versions[len(before) :]
             for record, state in before:
                 record.state = state
-            if read_header(self._config.keyring).generation == ring.header.generation:
+            if generation < ring.header.generation == read_header(self._config.keyring).generation:
                 # The new keyring has its name, perhaps not durably: whoever unlocks goes on with what is there then.
                 log.error("the keyring was replaced, but perhaps not durably; the vault locks")
                 self._vault.lock(uid=uid)
@@ -206,8 +210,12 @@ class Rotate:
             open_.ledger.set_rotation(rotation)
             open_.retire()
 
-    def _rewrap(self, open_: Open, rotation: Rotation) -> Iterator[Progress]:
-        """Wrap every study key under the new version; what is admitted meanwhile is under it already."""
+    def _rewrap(self, open_: Open, rotation: Rotation) -> Generator[Progress, None, tuple[int, int]]:
+        """Wrap every study key under the new version; what is admitted meanwhile is under it already.
+
+        Returns:
+            How many were wrapped anew, and how many there were under another version.
+        """
         keys_db = KeysDatabase(self._config.keys_db)
         try:
             total = sum(count for v, count in keys_db.versions().items() if v != rotation.version)
@@ -231,10 +239,10 @@ class Rotate:
             keys_db.close()
         if failed:
             raise StrongroomError(
-                f"{failed} study keys do not open, and stay under their version",
+                f"{plural(failed, 'study key')} cannot be opened, and stay under their version",
                 hint="'strongroom verify' names them; restore keys.db from a backup, or erase those packs",
             )
-        yield {"kind": "step", "text": f"rewrapped {done} of {total} study keys"}
+        return done, total
 
     def _drain(self, open_: Open, rotation: Rotation) -> Iterator[Progress]:
         """Wait until the deposits under the old version are admitted.
@@ -251,10 +259,11 @@ class Rotate:
                 break
             if time.monotonic() > until:
                 raise StrongroomError(
-                    f"{len(left)} deposits under version {rotation.old} are not admitted yet",
+                    f"{plural(len(left), 'deposit')} under version {rotation.old} not admitted yet",
                     hint="objects are still being received into them; a second 'strongroom keys rotate' goes on",
                 )
-            yield {"kind": "waiting", "text": f"{len(left)} deposits under version {rotation.old} are still open"}
+            open_packs = plural(len(left), "deposit")
+            yield {"kind": "waiting", "text": f"{open_packs} under version {rotation.old} still open"}
             time.sleep(0.5)
         # What was admitted meanwhile under the old version: none, but a second look costs nothing.
         yield from self._rewrap(open_, rotation)
@@ -307,24 +316,38 @@ class Rotate:
 
     def waits_for(self, rotation: Rotation) -> str:
         """Return what the old version's anchor still waits for, in words; empty for nothing."""
-        confirmed = covers(self._vault.unlocked().ledger.exports(), rotation.version)
-        settled = {*rotation.waived, *(["export"] if confirmed else [])}
-        missing = [kind for kind in _CONFIRMATIONS if kind not in settled]
+        ledger = self._vault.unlocked().ledger
+        confirmed = {
+            "export": covers(ledger.exports(), rotation.version),
+            "backup": follows(ledger.backups(), rotation),
+        }
+        missing = [kind for kind in _CONFIRMATIONS if not confirmed[kind] and kind not in rotation.waived]
         if missing:
             ways = " and ".join(_CONFIRMATIONS[kind] for kind in missing)
-            return f"{ways} (--without-{missing[0]} REASON)"
+            waivers = " ".join(f"--without-{kind} REASON" for kind in missing)
+            return f"{ways}, or 'strongroom keys rotate {waivers}'"
         due = clock.parse(rotation.proved) + timedelta(days=self._config.settings.keys.destroy_after_days)
-        return clock.text(due) if datetime.now(UTC) < due else self._still_named(rotation.old)
+        if datetime.now(UTC) < due:
+            return clock.text(due)
+        return self._still_named(rotation.old) or self._out_of_reach(rotation.old)
 
     def _still_named(self, version: int) -> str:
         open_ = self._vault.unlocked()
         found = {
-            "study keys": open_.keys_db.versions().get(version, 0),
-            "deposits": len(self._naming(version)),
-            "databases": 2 if open_.database_version <= version else 0,
+            "study key": open_.keys_db.versions().get(version, 0),
+            "deposit": len(self._naming(version)),
+            "database": 2 if open_.database_version <= version else 0,
         }
-        named = " and ".join(f"{count} {what}" for what, count in found.items() if count)
+        named = " and ".join(plural(count, what) for what, count in found.items() if count)
         return f"{named} no longer name it ('strongroom verify' says more)" if named else ""
+
+    def _out_of_reach(self, version: int) -> str:
+        # Before it is recorded that the version is destroyed: its token may not be here.
+        try:
+            self._vault.unlocked().ring.check_anchor(version)
+        except (AnchorError, KeyringError) as error:
+            return f"it can be destroyed: {error}"
+        return ""
 
     def destroy_due(self) -> list[int]:
         """Destroy the anchors of old versions that nothing names and whose time has come; return which.
@@ -340,7 +363,10 @@ class Rotate:
             for rotation in open_.ledger.rotations():
                 if rotation.destroyed or not rotation.proof or self.waits_for(rotation):
                     continue
-                self._vault.auditor.record("version-destroyed", version=rotation.old, reason=rotation.reason)
+                grade = open_.ring.grade(rotation.old)
+                self._vault.auditor.record(
+                    "version-destroyed", version=rotation.old, reason=rotation.reason, grade=grade
+                )
                 open_.ring.destroy_version(rotation.old)
                 open_.ring.write(self._config.keyring)
                 (self._config.public / f"deposit-{rotation.old}.key").unlink(missing_ok=True)

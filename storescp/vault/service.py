@@ -21,10 +21,13 @@ from storescp.config import Config
 from storescp.control import Server
 from storescp.errors import StrongroomError
 from storescp.harden import check_vault
+from storescp.vault.alarms import Alarms
 from storescp.vault.api import Access
 from storescp.vault.api.status import total_loss
 from storescp.vault.erase import Erase
+from storescp.vault.jobs import jobs_of
 from storescp.vault.rotate import Rotate
+from storescp.vault.schedule import Schedule
 from storescp.vault.state import Vault
 
 _TICK_SECONDS = 1.0
@@ -51,8 +54,10 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
     with _store_lock(config):
         vault = Vault(config)
         vault.after_unlock = Erase(vault).resume
+        vault.background = single is None
         _unlock_by_itself(config, vault)
-        server = Server(Access(vault).handle, frozenset({0, os.geteuid()}))
+        schedule = Schedule(vault, jobs_of(vault))
+        server = Server(Access(vault, schedule).handle, config.settings.control.group)
         if single is not None:
             server.serve(single)
             vault.lock()
@@ -69,6 +74,7 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
         done, looked = True, time.monotonic()
+        alarms = Alarms(vault)
         # Between two turns whoever waits for the vault's state gets it.
         while not stop.wait(_TICK_SECONDS if done else 0.01):
             try:
@@ -81,8 +87,11 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
                 # A full disk or a damaged file must not end the vault: deposits stay where they are.
                 log.exception("admission failed and is tried again")
                 done = True
+            alarms.turn()
+            schedule.tick()
         notify.stopping()
         server.close()
+        schedule.close()
         vault.lock()
         vault.auditor.tell("vault-stopped")
         vault.auditor.close()

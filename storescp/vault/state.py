@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from keys import keyring, slots
-from keys.anchors import AnchorError, FileAnchors
+from keys.anchors import AnchorError, AnchorTokenError
 from keys.keyring import KeyringError
 from keys.token import TokenError
 from storage.migrate import upgrade
+from storescp.alerts import Alerts
 from storescp.config import Config
 from storescp.errors import LOCKED, StrongroomError
+from storescp.vault.anchors import anchors_of
 from storescp.vault.auditor import Auditor
 from storescp.vault.opened import Open
 
 _WRONG_SECRET_DELAY_LIMIT = 30.0
+# A small store is whole when it is unlocked; who starts the vault waits no longer than this for a large one.
+_FILL_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +34,15 @@ class Vault:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.auditor = Auditor(config)
+        self.alerts = Alerts(config.outbox)
         self.locked_since = time.time()
-        self._anchors = FileAnchors(config.anchors)
+        self._anchors = anchors_of(config)
         self._open: Open | None = None
         self._state = threading.RLock()
         # What has to be finished before anything is admitted; set once by who knows it.
         self.after_unlock: Callable[[], None] = lambda: None
+        # Whether somebody calls ``advance`` again and again.
+        self.background = False
         self._wrong = 0
         self._wrong_lock = threading.Lock()
 
@@ -73,6 +81,12 @@ class Vault:
             AnchorError: The anchors are not here.
         """
         ring = keyring.unlock(self.config.keyring, secret, self._anchors)
+        # Now, while their token is here: a vault that is unlocked goes on without it.
+        for number, why in ring.open_versions().items():
+            if number == max(record.version for record in ring.body.versions):
+                ring.forget()
+                raise why
+            log.error("key version %d does not open, and nothing that is under it: %s", number, why)
         with self._state:
             if self._open is not None:
                 ring.forget()
@@ -82,6 +96,8 @@ class Vault:
                 self.auditor.unlocked(ring, opened.own_ledger())
                 self.auditor.record("unlocked", uid=uid, by=type(secret).__name__)
                 opened.start()
+                if not opened.admission.fill(_FILL_SECONDS if self.background else math.inf):
+                    log.info("the index is being filled; nothing is listed or admitted until it is whole")
             except BaseException:
                 self.auditor.locked()
                 opened.close()
@@ -106,7 +122,11 @@ class Vault:
                 log.warning("a wrong secret was given to unlock, %d in a row", self._wrong)
                 time.sleep(min(2.0 ** (self._wrong - 2), _WRONG_SECRET_DELAY_LIMIT))
                 raise StrongroomError(str(error), hint="try again, or use another slot", status=LOCKED) from error
-            except (KeyringError, AnchorError, TokenError, slots.CredentialError) as error:
+            except (AnchorTokenError, TokenError) as error:
+                raise StrongroomError(
+                    str(error), hint="mend that and unlock again; docs/anchors.md, 'When the token is gone', says more"
+                ) from error
+            except (KeyringError, AnchorError, slots.CredentialError) as error:
                 raise StrongroomError(str(error), hint="see docs/admin.md, 'What losing a key means'") from error
             self._wrong = 0
 
@@ -126,6 +146,16 @@ class Vault:
             if self._open is not None:
                 _told(self._open.admission.catch_up())
                 self.auditor.take(self._open.gate_uid)
+
+    def fill(self, seconds: float) -> tuple[int, int] | None:
+        """Fill the index for a time; return how many packs are in it, of how many, or None when it is whole.
+
+        Raises:
+            StrongroomError: The vault is locked.
+        """
+        with self._state:
+            admission = self.unlocked().admission
+            return None if admission.fill(seconds) else admission.filling()
 
     def advance(self, seconds: float) -> bool:
         """Admit for a time, if unlocked; tell whether nothing is left that can be admitted now."""

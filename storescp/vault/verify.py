@@ -46,7 +46,10 @@ def verify(opened: Open, *, rate: float) -> Iterator[dict[str, Any]]:
             if record is None:
                 # Discarded or erased since the list was made.
                 continue
-            size, count, finding = _check(opened, reader, record)
+            size, count, finding = check(opened, reader, record)
+            if finding and reader.keys_db.find(pack_id) is None:
+                # Discarded, erased or under another name since it was looked up.
+                continue
             read += size
             records += count
             if finding:
@@ -62,7 +65,7 @@ def verify(opened: Open, *, rate: float) -> Iterator[dict[str, Any]]:
     yield {"kind": "end", "packs": len(packs), "records": records, "bytes": read, "waiting": waiting}
 
 
-def _check(opened: Open, reader: Reader, record: StudyKeyRecord) -> tuple[int, int, dict[str, Any]]:
+def check(opened: Open, reader: Reader, record: StudyKeyRecord) -> tuple[int, int, dict[str, Any]]:
     """Return bytes read, records that opened, and what is wrong with a pack."""
     rows = reader.index.rows_of(record.pack_id)
     path = opened.archive.find(record.pack_id)

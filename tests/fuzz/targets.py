@@ -958,7 +958,7 @@ def _served(parts: Iterable[bytes]) -> tuple[list[control.Request], bytes]:
             raise
 
     connection = _Connection(parts)
-    control.Server(handle, frozenset({os.getuid()})).serve(cast(Any, connection))
+    control.Server(handle).serve(cast(Any, connection))
     if errors:
         raise errors[0]
     return requests, bytes(connection.got)

@@ -14,6 +14,7 @@ from storage.pack import PAGE
 from storescp.clock import now
 from storescp.control import Request, Response, json_response
 from storescp.errors import NOTHING, StrongroomError
+from storescp.vault import holding
 from storescp.vault.api.requests import Routes
 from storescp.vault.state import Vault
 
@@ -70,6 +71,12 @@ class Quarantine:
                     f"{asked.id} shares its pack with {len(siblings) - 1} more",
                     hint="accept or export those that are good; such a pack is kept whole",
                 )
+            if asked.kind == "discard" and (hold := holding.held(opened, opened.index.study_of(item["pack"]))):
+                raise StrongroomError(
+                    f"{asked.id} is of a study under {hold}: nobody discards it", hint="'strongroom hold list'"
+                )
+            if asked.kind == "discard" and opened.packs_lock.locked():
+                raise StrongroomError("a backup is being made, which names this pack", hint="try again when it is done")
             self._auditor.record(
                 "quarantine-resolved",
                 uid=request.uid,

@@ -65,6 +65,12 @@ class Status:
                 status["counts"] = reader.index.counts()
                 status["last_store"] = reader.index.last_stores()
                 status["quarantine"] = len(items(opened.archive, reader.index))
+                if reader.index.filled_to() is not None:
+                    filling = {"packs": reader.index.archived_count(), "of": reader.keys_db.count()}
+                    status["filling"] = filling
+                    status["warnings"].append(
+                        f"the index is being filled, {filling['packs']} of {filling['of']} packs: nothing is listed yet"
+                    )
         status["warnings"] += _warnings(status, short)
         if self._auditor.fault:
             status["warnings"].append(f"nothing can be recorded, so no admin's act is done: {self._auditor.fault}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -17,15 +18,21 @@ from keys.anchors import AnchorError
 from keys.keyring import KeyringError
 from keys.seal import SealError, plain_length
 from storage.archive import Archive
+from storage.index import Place
 from storage.pack import PackError
 from storage.packfile import PackFile
 from storage.search import LEVELS, FilterError, Filters
 from storescp.control import Request, Response, json_response, lines_response
 from storescp.errors import StrongroomError
-from storescp.vault.api.requests import Routes, SecretRequest
+from storescp.vault.api.requests import Routes, SecretRequest, told
 from storescp.vault.examine import open_pack
+from storescp.vault.opened import Open, Reader
+from storescp.vault.scrub import Scrub
 from storescp.vault.state import Vault
 from storescp.vault.verify import verify
+
+# An index is filled for so long at a time.
+_SLICE_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +59,12 @@ class VerifyRequest(msgspec.Struct, forbid_unknown_fields=True):
     rate: float = 0.0
 
 
+class ScrubRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Whether all packs are read, not only the next slice of them."""
+
+    whole: bool = False
+
+
 class Store:
     """Requests about the store as a whole."""
 
@@ -64,16 +77,22 @@ class Store:
         return {
             ("POST", "/v1/unlock"): self._unlock,
             ("POST", "/v1/lock"): self._lock,
+            ("GET", "/v1/locked"): self._locked,
             ("POST", "/v1/search"): self._search,
             ("POST", "/v1/certificates"): self._issue,
             ("POST", "/v1/verify"): self._verify,
             ("POST", "/v1/reindex"): self._reindex,
+            ("GET", "/v1/scrub"): self._scrub_status,
+            ("POST", "/v1/scrub"): self._scrub,
             ("POST", "/v1/upgrade"): self._upgrade,
         }
 
     def _unlock(self, request: Request) -> Response:
         self._vault.try_unlock(request.json(SecretRequest).secret(), request.uid)
         return json_response({"locked": False})
+
+    def _locked(self, _request: Request) -> Response:
+        return json_response({"locked": self._vault.opened is None})
 
     def _lock(self, request: Request) -> Response:
         self._vault.lock(uid=request.uid)
@@ -116,12 +135,14 @@ class Store:
             if place is None:
                 raise StrongroomError("no such instance")
             self._auditor.exporting(request.uid, reader.index.study_of(place.pack_id))
-            file = _open_file(opened.archive, place.pack_id)
             try:
-                content = open_pack(file, opened.ring, reader.keys_db.find(place.pack_id)).dataset(place.frame)
-            except (SealError, KeyringError, AnchorError, PackError) as error:
-                file.close()
-                raise StrongroomError(f"pack {place.pack_id} does not open: {error}") from error
+                file, content = _open_instance(opened, reader, place)
+            except StrongroomError:
+                # A pack under a new study key may have come into its place since it was found.
+                moved = reader.index.at(found[1], bytes.fromhex(found[2]))
+                if moved is None or moved.pack_id == place.pack_id:
+                    raise
+                file, content = _open_instance(opened, reader, moved)
         # Its length is known, but chunks can end with the word that they are not whole.
         return Response(_reading(file, content))
 
@@ -132,13 +153,30 @@ class Store:
         self._vault.admit()
         return lines_response(verify(opened, rate=asked.rate * 1e6), at_once=True)
 
+    def _scrub_status(self, _request: Request) -> Response:
+        return json_response({"format": 1, **Scrub(self._vault).status()})
+
+    def _scrub(self, request: Request) -> Response:
+        asked: ScrubRequest = request.json(ScrubRequest)
+        self._vault.unlocked()
+        return lines_response(told(Scrub(self._vault).run(request.uid, whole=asked.whole)), at_once=True)
+
     def _reindex(self, request: Request) -> Response:
         with self._vault.admitting():
             opened = self._vault.unlocked()
             self._auditor.record("reindex", uid=request.uid)
-            opened.admission.reindex()
-            opened.admission.catch_up()
-            return json_response(opened.index.counts())
+            if opened.index.filled_to() is None:
+                opened.admission.begin_filling()
+        return lines_response(told(self._filling()), at_once=True)
+
+    def _filling(self) -> Iterator[dict[str, Any]]:
+        while (state := self._vault.fill(_SLICE_SECONDS)) is not None:
+            yield {"kind": "progress", "done": state[0], "total": state[1]}
+            # Whoever waits for the vault's state gets it.
+            time.sleep(0.01)
+        self._vault.admit()
+        with self._vault.unlocked().reader() as reader:
+            yield {"kind": "counts", **reader.index.counts()}
 
     def _issue(self, request: Request) -> Response:
         asked: IssueRequest = request.json(IssueRequest)
@@ -161,6 +199,15 @@ class Store:
             raise StrongroomError(str(error)) from error
         log.info("issued a certificate")
         return json_response({"certificate": pem.decode(), "authority": ca.certificate})
+
+
+def _open_instance(opened: Open, reader: Reader, place: Place) -> tuple[PackFile, Iterator[bytes]]:
+    file = _open_file(opened.archive, place.pack_id)
+    try:
+        return file, open_pack(file, opened.ring, reader.keys_db.find(place.pack_id)).dataset(place.frame)
+    except (SealError, KeyringError, AnchorError, PackError) as error:
+        file.close()
+        raise StrongroomError(f"pack {place.pack_id} does not open: {error}") from error
 
 
 def _open_file(archive: Archive, pack_id: str) -> PackFile:

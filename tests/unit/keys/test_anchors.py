@@ -11,7 +11,7 @@ import pytest
 from softhsm import PIN, SoftHsm, attached
 
 from keys import anchors as module
-from keys.anchors import AnchorError, AnchorSet, FileAnchors, TokenAnchors
+from keys.anchors import GRADES, AnchorError, AnchorSet, AnchorTokenError, FileAnchors, TokenAnchors
 from keys.token import AttachedToken
 
 STORE = bytes(range(16))
@@ -39,9 +39,12 @@ def hsm(tmp_path: Path) -> Iterator[SoftHsm]:
 
 
 @pytest.fixture
-def token(hsm: SoftHsm) -> Iterator[AttachedToken]:
-    with AttachedToken(hsm.module, "one", PIN) as device:
-        yield device
+def anchors(hsm: SoftHsm, folder: Path) -> TokenAnchors:
+    return TokenAnchors(folder, lambda: attach(hsm))
+
+
+def attach(hsm: SoftHsm, pin: str = PIN) -> AttachedToken:
+    return AttachedToken(hsm.module, "one", pin)
 
 
 # --- files
@@ -56,7 +59,7 @@ def test_a_destroyed_file_is_gone_and_its_key_with_it(files: FileAnchors, folder
         with pytest.raises(AnchorError, match="the anchor of version 1 cannot be read"):
             files.key("anchor-1", STORE, 1)
     files.key("anchor-2", STORE, 2)
-    assert (files.grade, files.provider) == ("clear", "file")
+    assert files.providers == ("file",)
 
 
 @pytest.mark.parametrize("size", [32, 0, 5, 100])
@@ -138,26 +141,27 @@ def test_an_anchor_that_is_no_file_is_an_error_and_stays(files: FileAnchors, fol
 def test_a_folder_that_is_not_there_is_an_error_not_a_destroyed_anchor(tmp_path: Path) -> None:
     with pytest.raises(AnchorError, match="cannot be destroyed: No such file"):
         FileAnchors(tmp_path / "unmounted").destroy("anchor-1")
+    with pytest.raises(AnchorError, match=r"unmounted is not here$"):
+        FileAnchors(tmp_path / "unmounted").check("anchor-1")
 
 
 # --- tokens
 
 
 @needs_token
-def test_an_anchor_on_a_token_makes_its_key_and_no_other(token: AttachedToken, folder: Path) -> None:
-    anchors = TokenAnchors(folder, token)
-    one, two = anchors.create(1), anchors.create(2)
+def test_an_anchor_on_a_token_makes_its_key_and_no_other(hsm: SoftHsm, anchors: TokenAnchors, folder: Path) -> None:
+    one, two = anchors.create(1).id, anchors.create(2).id
     keys = [
         anchors.key(one, STORE, 1),
         anchors.key(two, STORE, 2),
         anchors.key(one, STORE[::-1], 1),
-        anchors.key(anchors.create(1), STORE, 1),
+        anchors.key(anchors.create(1).id, STORE, 1),
     ]
     assert len({bytes(key) for key in keys}) == 4
     assert anchors.key(one, STORE, 1) == keys[0]
     assert one.startswith("strongroom-anchor-1-")
-    assert one.endswith(f"@{token.serial}")
-    assert (anchors.grade, anchors.provider) == ("purge", "pkcs11")
+    with attach(hsm) as token:
+        assert one.endswith(f"@{token.serial}")
     for name in (two, "", "anchor-1", one.replace("anchor-1", "anchor-2"), one + "x", one.partition("@")[0]):
         with pytest.raises(AnchorError, match="version 1 names an anchor of another version"):
             anchors.key(name, STORE, 1)
@@ -165,58 +169,92 @@ def test_an_anchor_on_a_token_makes_its_key_and_no_other(token: AttachedToken, f
 
 
 @needs_token
-def test_a_destroyed_anchor_is_gone_from_its_token(token: AttachedToken, folder: Path) -> None:
-    anchors = TokenAnchors(folder, token)
-    one, two = anchors.create(1), anchors.create(2)
+def test_a_destroyed_anchor_is_gone_from_its_token(hsm: SoftHsm, anchors: TokenAnchors) -> None:
+    one, two = anchors.create(1).id, anchors.create(2).id
     label = one.partition("@")[0]
     anchors.key(one, STORE, 1)
-    assert token.has_key(label)
+    with attach(hsm) as token:
+        assert token.has_key(label)
     for _ in range(2):
         anchors.destroy(one)
-        assert not token.has_key(label)
+        with attach(hsm) as token:
+            assert not token.has_key(label)
         with pytest.raises(AnchorError, match="has no secret key 'strongroom-anchor-1-"):
             anchors.key(one, STORE, 1)
     anchors.key(two, STORE, 2)
 
 
 @needs_token
-def test_another_token_or_none_never_passes_for_a_destroyed_anchor(hsm: SoftHsm, folder: Path) -> None:
+def test_another_token_or_none_never_passes_for_a_destroyed_anchor(hsm: SoftHsm, anchors: TokenAnchors) -> None:
     (device,) = hsm.tokens.iterdir()
-    with AttachedToken(hsm.module, "one", PIN) as token:
-        anchors = TokenAnchors(folder, token)
-        one = anchors.create(1)
-        key = anchors.key(one, STORE, 1)
+    one = anchors.create(1).id
+    key = anchors.key(one, STORE, 1)
+    # Pulled out while the process is logged in, and when it is not.
+    with attach(hsm):
         hsm.pull(device)
-        for _ in range(2):
-            with pytest.raises(AnchorError, match="attach it and unlock again"):
-                anchors.destroy(one)
+        with pytest.raises(AnchorTokenError, match=r"cannot be destroyed: .* was removed or does not answer"):
+            anchors.destroy(one)
+    uses = (anchors.destroy, anchors.check, lambda name: anchors.key(name, STORE, 1), lambda _: anchors.create(2))
+    for use in uses:
+        with pytest.raises(AnchorTokenError, match="no token 'one' is attached"):
+            use(one)
     hsm.make("one")
-    with (
-        AttachedToken(hsm.module, "one", PIN) as token,
-        pytest.raises(AnchorError, match="attach the other to destroy it"),
-    ):
-        TokenAnchors(folder, token).destroy(one)
+    for use in uses[:3]:
+        with pytest.raises(AnchorTokenError, match=r"with serial number [0-9a-f]{16}, attached is [0-9a-f]{16}: "):
+            use(one)
     for other in hsm.tokens.iterdir():
         hsm.pull(other)
     hsm.put_back(device)
-    with AttachedToken(hsm.module, "one", PIN) as token:
-        anchors = TokenAnchors(folder, token)
-        assert anchors.key(one, STORE, 1) == key
+    # It is back: nothing has to be made anew.
+    assert anchors.key(one, STORE, 1) == key
+    anchors.check(one)
+    for verb in (anchors.destroy, anchors.check):
         with pytest.raises(AnchorError, match=r"is not the name of an anchor on a token$"):
-            anchors.destroy("anchor-1")
-        anchors.destroy(one)
+            verb("anchor-1")
+    anchors.destroy(one)
 
 
 @needs_token
-def test_the_record_of_generations_is_one_for_both_kinds(
-    token: AttachedToken, files: FileAnchors, folder: Path
-) -> None:
-    on_token = TokenAnchors(folder, token)
+def test_a_wrong_pin_is_given_to_a_token_once(hsm: SoftHsm, anchors: TokenAnchors, folder: Path) -> None:
+    one = anchors.create(1).id
+    wrong = TokenAnchors(folder, lambda: attach(hsm, "0000-0000"))
+    with pytest.raises(
+        AnchorTokenError, match="the anchor of version 1 cannot be used: the token 'one' refused the PIN"
+    ):
+        wrong.key(one, STORE, 1)
+    with pytest.raises(AnchorTokenError, match="refused this PIN before; it is not tried again"):
+        wrong.destroy(one)
+    anchors.key(one, STORE, 1)
+
+
+@needs_token
+def test_a_login_of_somebody_else_in_the_process_is_shared(hsm: SoftHsm, anchors: TokenAnchors) -> None:
+    with attach(hsm) as token:
+        one = anchors.create(1).id
+        assert token.has_key(one.partition("@")[0])
+        anchors.key(one, STORE, 1)
+    anchors.key(one, STORE, 1)
+
+
+@needs_token
+def test_a_token_that_is_only_software_never_yields_purge(anchors: TokenAnchors) -> None:
+    made = anchors.create(1)
+    assert made.provider == "pkcs11-software"
+    assert {name: GRADES[name] for name in anchors.providers} == {"pkcs11": "purge", "pkcs11-software": "clear"}
+    assert GRADES["file"] == "clear"
+
+
+@needs_token
+def test_the_record_of_generations_is_one_for_both_kinds(anchors: TokenAnchors, files: FileAnchors) -> None:
+    on_token = anchors
     on_token.set_generation(STORE, 7)
     assert files.generation(STORE) == on_token.generation(STORE) == 7
     both = AnchorSet(files, on_token)
     assert (both.first, both.of("file"), both.of("pkcs11")) == (files, files, on_token)
+    assert both.of("pkcs11-software") is on_token
     both.set_generation(STORE, 8)
     assert both.generation(STORE) == on_token.generation(STORE) == 8
-    with pytest.raises(AnchorError, match="no anchors of the kind 'tpm' are attached"):
+    with pytest.raises(AnchorError, match=r"no anchors of the kind 'tpm' are configured$"):
         both.of("tpm")
+    with pytest.raises(AnchorError, match=r"kind 'pkcs11' are configured \(keys.anchor_token\)$"):
+        AnchorSet(files).of("pkcs11")

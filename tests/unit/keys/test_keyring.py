@@ -823,23 +823,23 @@ def test_an_anchor_that_a_crash_left_unnamed_is_in_nobodys_way(store: Store) -> 
 @needs_token
 def test_versions_of_both_kinds_of_anchor_stand_side_by_side(store: Store, hsm: SoftHsm) -> None:
     with AttachedToken(hsm.module, "one", PIN) as token:
-        on_token = TokenAnchors(store.folder / "anchors", token)
+        on_token = TokenAnchors(store.folder / "anchors", lambda: AttachedToken(hsm.module, "one", PIN))
         both = AnchorSet(on_token, store.anchors)
         opened = keyring.unlock(store.file, FILE, both)
         second = opened.add_version("later")
         opened.write(store.file)
-        assert [r.anchor.provider for r in opened.body.versions] == ["file", "pkcs11"]
-        assert (opened.grade(1), opened.grade(2)) == ("clear", "purge")
-        again = keyring.unlock(
-            store.file, FILE, AnchorSet(store.anchors, TokenAnchors(store.folder / "anchors", token))
-        )
+        assert [r.anchor.provider for r in opened.body.versions] == ["file", "pkcs11-software"]
+        assert (opened.grade(1), opened.grade(2)) == ("clear", "clear")
+        again = keyring.unlock(store.file, FILE, AnchorSet(store.anchors, on_token))
         assert again.version(2).index_key() == second.index_key()
         assert again.version(1).index_key() == opened.version(1).index_key()
         # Without the token, only the version on it is out of reach.
         alone = store.unlock()
         alone.version(1)
-        with pytest.raises(AnchorError, match="no anchors of the kind 'pkcs11' are attached"):
+        with pytest.raises(AnchorError, match="no anchors of the kind 'pkcs11-software' are configured"):
             alone.version(2)
+        # What a token's end achieves is known without it.
+        alone.body.versions[1].anchor.provider = "pkcs11"
         assert alone.grade(2) == "purge"
         # Back to files, and the token's version destroyed.
         again.add_version("last")

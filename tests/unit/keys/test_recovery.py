@@ -23,12 +23,14 @@ from cryptography.hazmat.primitives.hashes import SHA512
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, MLKEM768X25519PrivateKey, Suite
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from shamir_mnemonic.wordlist import WORDLIST
+from softhsm import PIN, attached
 
 from keys import keyring, recovery, shares
-from keys.anchors import FileAnchors
+from keys.anchors import AnchorError, AnchorSet, FileAnchors, TokenAnchors
 from keys.keyring import Authority, Keyring
 from keys.shares import RecoveryError, RecoveryKey
 from keys.slots import KeyFile
+from keys.token import AttachedToken
 from keys.versions import StudyKeyPlace
 
 THEN, NOW = "2026-01-31T10:00:00Z", "2026-02-28T10:00:00Z"
@@ -128,11 +130,59 @@ def test_a_rebuilt_store_goes_on_to_its_next_version_and_its_next_export(store: 
     contents = store.open()
     new = rebuilt(contents, tmp_path / "elsewhere")
     new.add_version(NOW)
-    former = {version.version: version.anchors for version in contents.versions}
-    again = recovery.export(new, contents.recovery, NOW, former=former)
+    again = recovery.export(new, contents.recovery, NOW)
     held = recovery.open_export(again, store.secret(), store.pinned)
     assert [[a.id for a in v.anchors] for v in held.versions] == [["anchor-1"] * 2, ["anchor-2"] * 2, ["anchor-3"]]
     assert held.versions[0].root == contents.versions[0].root
+
+
+def test_a_rebuilt_keyring_names_every_anchor_that_its_roots_had_before(store: Store, tmp_path: Path) -> None:
+    new = rebuilt(store.open(), tmp_path / "elsewhere")
+    assert [[a.id for a in record.former] for record in new.body.versions] == [["anchor-1"], ["anchor-2"]]
+    again = recovery.open_export(recovery.export(new, store.recovery, NOW), store.secret(), store.pinned)
+    third = rebuilt(again, tmp_path / "third")
+    assert [len(record.former) for record in third.body.versions] == [2, 2]
+    third.add_version(NOW)
+    third.destroy_version(1)
+    # A file of the name that is here says nothing of one on another machine.
+    assert [len(record.former) for record in third.body.versions] == [2, 2, 0]
+    third.write(tmp_path / "third" / "keyring")
+    read = keyring.unlock(tmp_path / "third" / "keyring", OTHER_FILE, FileAnchors(tmp_path / "third" / "anchors"))
+    assert read.body.versions == third.body.versions
+
+
+@pytest.mark.needs("softhsm2-util")
+def test_former_anchors_on_a_token_go_with_their_version_if_the_token_is_here(tmp_path: Path) -> None:
+    with attached(tmp_path / "hsm") as hsm:
+        device = hsm.make("one")
+        on_token = TokenAnchors(tmp_path / "anchors", lambda: AttachedToken(hsm.module, "one", PIN))
+        files = anchors_in(tmp_path / "anchors")
+        ring = keyring.new_keyring([(FILE, "file")], on_token, THEN)
+        kept, words = shares.new_recovery(ring.store_id, 2, 2, created=THEN)
+        export = recovery.export(ring, kept, NOW)
+        for here in (False, True):
+            both = AnchorSet(files, on_token)
+            shutil.rmtree(tmp_path / "anchors")
+            files.prepare()
+            new = recovery.rebuild(recovery.open_export(export, shares.combine(words)), [(FILE, "f")], both, NOW)
+            assert [a.provider for a in new.body.versions[0].former] == ["pkcs11-software"]
+            new.add_version(NOW)
+            if not here:
+                hsm.pull(device)
+            new.destroy_version(1)
+            assert len(new.body.versions[0].former) == (not here)
+            if not here:
+                hsm.put_back(device)
+        with pytest.raises(AnchorError, match="has no secret key"):
+            ring.forget()
+            ring.version(1)
+
+
+def test_a_keyring_without_former_anchors_is_as_earlier_releases_have_it(store: Store, tmp_path: Path) -> None:
+    fields = {"anchor", "created", "root", "state", "version"}
+    assert all(set(record) == fields for record in msgspec.to_builtins(store.ring.body)["versions"])
+    new = rebuilt(store.open(), tmp_path / "elsewhere")
+    assert all(set(record) == {*fields, "former"} for record in msgspec.to_builtins(new.body)["versions"])
 
 
 def test_a_destroyed_version_is_told_of_but_not_contained(store: Store, tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pkcs11
 import pytest
-from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, TokenFlag
+from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, SlotFlag, TokenFlag
 from softhsm import PIN, SoftHsm, attached
 
 from keys import token
-from keys.token import AttachedToken, TokenError, WrongPinError, check_module, is_attached
+from keys.secret import Credential
+from keys.token import AttachedToken, TokenError, WrongPinError, check_module, is_attached, read_pin
 
 pytestmark = pytest.mark.needs("softhsm2-util")
 OTHER = "0815-4711"
@@ -333,3 +334,53 @@ def test_a_process_ends_cleanly_that_is_still_logged_in(hsm: SoftHsm, one: Path)
     program = f"from keys.token import AttachedToken; AttachedToken({hsm.module!r}, 'one', {PIN!r}).create_key('k')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+# --- what a token is, and where its PIN comes from
+
+
+@pytest.mark.parametrize(
+    ("manufacturer", "flags", "software"),
+    [
+        ("Yubico (www.yubico.com)", SlotFlag.TOKEN_PRESENT | SlotFlag.HW_SLOT, False),
+        ("Yubico (www.yubico.com)", SlotFlag.TOKEN_PRESENT, True),
+        ("SoftHSM project", SlotFlag.TOKEN_PRESENT | SlotFlag.HW_SLOT, True),
+        ("", SlotFlag.TOKEN_PRESENT | SlotFlag.REMOVABLE_DEVICE, True),
+    ],
+)
+def test_only_a_slot_that_says_so_is_hardware(manufacturer: str, flags: SlotFlag, software: bool) -> None:
+    assert token._is_software(manufacturer, flags) == software
+
+
+def test_a_softhsm_is_software(hsm: SoftHsm, one: Path) -> None:
+    with attach(hsm) as device:
+        assert device.software
+
+
+@pytest.mark.parametrize("content", ["4711\n", "4711", "4711\nsecond line\n"])
+def test_a_pin_is_the_first_line_of_a_private_file_or_credential(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (tmp_path / "pin").write_text(content)
+    (tmp_path / "pin").chmod(0o600)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert read_pin(tmp_path / "pin") == read_pin(Credential("pin")) == "4711"
+
+
+def test_a_pin_that_others_can_read_or_that_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "pin"
+    assert "cannot be read: No such file" in refused(lambda: read_pin(place))
+    for mode in (0o640, 0o604, 0o620):
+        place.write_text("4711")
+        place.chmod(mode)
+        assert f"is open to others; 'chmod 600 {place}'" in refused(lambda: read_pin(place))
+    place.chmod(0o600)
+    for content in (b"", b"\n4711", b"\xff\xfe"):
+        place.write_bytes(content)
+        assert refused(lambda: read_pin(place)) == f"the PIN file {place} holds no PIN"
+    assert "this process was not given any by systemd" in refused(lambda: read_pin(Credential("pin")))
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert refused(lambda: read_pin(Credential("pin"))) == "the credential pin holds no PIN"
+    assert "is not the name of a credential" in refused(lambda: read_pin(Credential("../pin")))

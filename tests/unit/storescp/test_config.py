@@ -120,6 +120,42 @@ def test_paths_count_from_the_files_folder(tmp_path: Path) -> None:
     assert load(tmp_path, config.render(made())).key_file is None
 
 
+MODULE = "/usr/lib/softhsm/libsofthsm2.so"
+
+
+def test_a_token_and_its_pin_are_found_where_the_file_names_them(tmp_path: Path) -> None:
+    named = {"keys_anchor": "token", "keys_anchor_token": f"{MODULE}:one"}
+    found = load(tmp_path, config.render(made(**named, keys_anchor_pin="anchor.pin")))
+    assert (found.anchor_token, found.anchor_pin_file) == ((MODULE, "one"), tmp_path / "anchor.pin")
+    assert not found.anchor_pin_credential
+    found = load(tmp_path, config.render(made(**named, keys_anchor_pin="credential:pin")))
+    assert (found.anchor_pin_credential, found.anchor_pin_file) == ("pin", None)
+    # Colons can be in a path, not in a label.
+    assert config.split_token("/a:b/module.so:two words") == ("/a:b/module.so", "two words")
+    # For versions of before, while new ones are in files.
+    named["keys_anchor"] = "file"
+    assert load(tmp_path, config.render(made(**named, keys_anchor_pin="p"))).anchor_token == (MODULE, "one")
+    assert load(tmp_path, config.render(made())).anchor_token is None
+
+
+@pytest.mark.parametrize(
+    ("settings_", "told"),
+    [
+        ({"anchor": "tpm"}, ["keys.anchor: must be file or token"]),
+        ({"anchor": "token"}, ["keys.anchor_token: missing: name the token, MODULE:TOKEN"]),
+        ({"anchor_token": f"{MODULE}:one"}, ["keys.anchor_pin: missing"]),
+        ({"anchor_token": f"{MODULE}:one", "anchor_pin": "credential:"}, ["keys.anchor_pin: missing"]),
+        *[
+            ({"anchor_token": text, "anchor_pin": "p"}, ["keys.anchor_token: must be MODULE:TOKEN"])
+            for text in (MODULE, f"{MODULE}:", ":one", "libsofthsm2.so:one", "/a\0b:one")
+        ],
+    ],
+)
+def test_a_token_that_is_half_named_is_an_error(tmp_path: Path, settings_: dict[str, str], told: list[str]) -> None:
+    found = errors(tmp_path, config.render(made(**{f"keys_{key}": value for key, value in settings_.items()})))
+    assert [line[: len(wanted)] for line, wanted in zip(found, told, strict=True)] == told
+
+
 # --- errors
 
 GOOD = config.render(made())

@@ -1,0 +1,1 @@
+"""Short processes that speak to the network, and hand over files: never to the vault, never from it."""

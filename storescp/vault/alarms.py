@@ -1,0 +1,96 @@
+"""What the vault itself raises alerts about, looked at once a minute, locked or not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from keys import keyring
+from keys.keyring import KeyringError
+from storescp import space
+from storescp.alerts import Alert, Alerts
+from storescp.config import Config
+from storescp.vault.api.quarantine import items
+from storescp.vault.api.status import total_loss
+from storescp.vault.opened import Open
+from storescp.vault.state import Vault
+
+_LOOK_SECONDS = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class Alarms:
+    """Looks once a minute, and repeats in the log what still stands; who sends alerts repeats for itself."""
+
+    def __init__(self, vault: Vault, clock: Callable[[], float] = time.monotonic) -> None:
+        self._vault = vault
+        self._clock = clock
+        self._looked: float | None = None
+        self._said: dict[str, float] = {}
+
+    def turn(self) -> None:
+        """Look, if it is time. Nothing that goes wrong here keeps the vault from its work."""
+        now = self._clock()
+        if self._looked is not None and now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        try:
+            look(self._vault, self._vault.alerts)
+            self._repeat(self._vault.alerts.standing(), now)
+        except Exception:
+            log.exception("what is wrong cannot be looked at")
+
+    def _repeat(self, standing: list[Alert], now: float) -> None:
+        after = self._vault.config.settings.alerts.repeat_after().total_seconds()
+        self._said = {alert.name: self._said.get(alert.name, now) for alert in standing}
+        for alert in standing:
+            if now - self._said[alert.name] >= after:
+                self._said[alert.name] = now
+                log.warning("ALERT since %s (%s): %s; '%s'", alert.since, alert.severity, alert.text, alert.command)
+
+
+def look(vault: Vault, alerts: Alerts, now: Callable[[], float] = time.time) -> None:
+    """Raise what is wrong with a vault and resolve what is over. What a locked vault cannot tell stays as it stands.
+
+    Raises:
+        OSError: The disk refused to be looked at.
+    """
+    _say(alerts, "space-short", bool(space.Watch(vault.config).shortage()))
+    _say(alerts, "audit-fault", bool(vault.auditor.fault))
+    # Nobody locks it while it is looked at.
+    with vault.admitting() as opened:
+        _say(alerts, "locked", opened is None and _locked_long(vault, now()))
+        _look_at_slots(vault.config, opened, alerts)
+        if opened is not None:
+            _look_inside(opened, alerts)
+
+
+def _look_at_slots(config: Config, opened: Open | None, alerts: Alerts) -> None:
+    try:
+        lost = bool(total_loss(opened, len(keyring.read_header(config.keyring).slots)))
+    except KeyringError as error:
+        log.error("the keyring cannot be read: %s", error)
+        lost = True
+    if lost or opened is not None:
+        _say(alerts, "total-loss", lost)
+
+
+def _look_inside(opened: Open, alerts: Alerts) -> None:
+    with opened.reader() as reader:
+        waiting = len(items(opened.archive, reader.index))
+        unreadable = reader.index.unreadable()
+    _say(alerts, "quarantine", waiting > 0, count=waiting)
+    _say(alerts, "unreadable", unreadable > 0, count=unreadable)
+
+
+def _locked_long(vault: Vault, now: float) -> bool:
+    return now - vault.locked_since >= vault.config.settings.alerts.locked_for().total_seconds()
+
+
+def _say(alerts: Alerts, kind: str, wrong: bool, **counts: int) -> None:
+    if wrong:
+        alerts.raise_(kind, "", **counts)
+    else:
+        alerts.resolve(kind)

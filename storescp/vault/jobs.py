@@ -1,0 +1,98 @@
+"""What the schedule can do, by name. Each job is the function behind a verb of the command line.
+
+A job yields events as every operation of the vault: ``step`` and ``pending`` say in ``text`` what was done and what is
+waited for, ``finding`` what somebody has to look at, ``progress`` how far it is. The last text stays in the history:
+it names no patient and no UID. It ends with a StrongroomError where it failed; where something that it needs is
+missing, the error's status is ``USAGE`` or ``NOTHING``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from storescp.errors import USAGE, StrongroomError, plural
+from storescp.vault.backup import Backups
+from storescp.vault.erase import Erase
+from storescp.vault.expiry import ending
+from storescp.vault.recovery import Recovery
+from storescp.vault.rotate import Rotate
+from storescp.vault.state import Vault
+
+Event = dict[str, Any]
+
+
+class Job(msgspec.Struct, frozen=True):
+    """Something that can be done at any time: by whom is the user id that ``run`` gets.
+
+    ``heavy`` ones begin within a maintenance window only, if there is any.
+    """
+
+    run: Callable[[int], Iterator[Event]]
+    explained: str
+    heavy: bool = False
+
+
+def jobs_of(vault: Vault) -> dict[str, Job]:
+    """Return the jobs of a vault, in the order in which they go where several are due; the fields of ``[schedule]``."""
+    work = _Work(vault)
+    return {
+        "checkpoint": Job(work.checkpoint, "sign how far the audit chain has come"),
+        "expiry": Job(work.expiry, "look which certificates and revocation lists end soon"),
+        "erase": Job(work.erase, "go on with erasures that wait, sign final certificates", heavy=True),
+        "export": Job(work.export, "a recovery export for each recovery key, kept in the store"),
+        "rotate": Job(work.rotate, "a new key version, or go on with the one that was begun", heavy=True),
+        "backup": Job(work.backup, "copy the store into schedule.backup_folder", heavy=True),
+    }
+
+
+class _Work:
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+
+    def checkpoint(self, uid: int) -> Iterator[Event]:
+        self._vault.unlocked()
+        before = self._vault.auditor.head
+        known = {"head": f"{before.number}:{before.hash.hex()}"} if before else {}
+        self._vault.auditor.record("checkpoint", uid=uid, **known)
+        after = self._vault.auditor.head
+        if after is not None:
+            yield {"kind": "step", "text": f"the audit chain is signed up to {after.number}:{after.hash.hex()}"}
+
+    def expiry(self, _uid: int) -> Iterator[Event]:
+        now = datetime.now(UTC)
+        yield from ending(self._vault.config, self._vault.unlocked().ring.body.authority, now)
+
+    def erase(self, _uid: int) -> Iterator[Event]:
+        self._vault.unlocked()
+        Erase(self._vault).resume()
+        with self._vault.admitting():
+            erasures = self._vault.unlocked().ledger.erasures()
+        left = sum(not e.erased for e in erasures)
+        pending = sum(bool(e.erased) and not e.final for e in erasures)
+        yield {"kind": "step", "text": f"{plural(pending, 'certificate')} of erasure pending"}
+        if left:
+            yield {"kind": "pending", "text": f"{plural(left, 'erasure')} not done yet; the log says what for"}
+
+    def export(self, uid: int) -> Iterator[Event]:
+        for made, _ in Recovery(self._vault).export(uid):
+            yield {"kind": "step", "text": f"export {made.id} for recovery key {made.recovery}"}
+
+    def rotate(self, uid: int) -> Iterator[Event]:
+        yield from Rotate(self._vault).run(uid, "by schedule", {})
+
+    def backup(self, uid: int) -> Iterator[Event]:
+        settings = self._vault.config.settings.schedule
+        if not settings.backup_folder:
+            raise StrongroomError(
+                "there is no folder for backups", hint="schedule.backup_folder names it", status=USAGE
+            )
+        for event in Backups(self._vault).run(uid, Path(settings.backup_folder), keep=settings.backup_keep):
+            yield event
+            if event["kind"] == "made":
+                made = event["manifest"]
+                yield {"kind": "step", "text": f"backup {made.id}: {plural(made.packs, 'pack')}"}

@@ -1,0 +1,415 @@
+"""A store made from a backup and enough shares, on a machine that has nothing else; and a drill, which tries that.
+
+Runs in the command itself, not in a vault: there is none yet.
+Source: docs/design.md, "Backup"; docs/format.md, section 11.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from keys import encoding, keyring, recovery, shares, signed, slots
+from keys.anchors import AnchorError, FileAnchors
+from keys.keyring import KeyringError
+from keys.seal import SealError
+from keys.shares import RecoveryError
+from storage import audit, backup
+from storage.archive import CONSTANT_TIME, Archive
+from storage.backup import BackupError, Folder, Manifest
+from storage.keysdb import KeysDatabase, StudyKeyRecord
+from storage.ledger import Ledger
+from storage.pack import PackError
+from storage.packfile import PackFile, Record, frames_digest
+from storage.sqlite import DatabaseError
+from storescp import clock
+from storescp.config import Config, Settings, Store, convert, load, render
+from storescp.errors import StrongroomError
+from storescp.vault.examine import open_pack
+from storescp.vault.opened import database_version
+from storescp.vault.rebuild import rebuild
+from storescp.vault.recovery import Recovery
+from storescp.vault.state import Vault
+
+_PROGRESS_PACKS = 50
+# The newest packs are always in a sample: those that an incremental backup copied last.
+_NEWEST = 20
+_SHOWN = 5
+_TRUST = "settings/trust/"
+_AGAIN = "remove what was made, and begin again"
+
+
+class Source:
+    """A backup that shares opened: what it is was proved before anything of it is used."""
+
+    def __init__(self, folder: Folder, generation: Path, exports: list[Path], typed: list[str]) -> None:
+        """Open it with shares, those of whichever recovery key an export in it is sealed to.
+
+        Raises:
+            StrongroomError: They open no export in it, or the backup is not what the store signed.
+        """
+        self.folder, self.generation = folder, generation
+        self.export, contents = _opened(exports, typed)
+        self.recovery = contents.recovery
+        seed = Ed25519PrivateKey.from_private_bytes(contents.signing_seed)
+        self.signing_key = seed.public_key().public_bytes_raw()
+        try:
+            self.manifest: Manifest = folder.read(generation, self.signing_key)
+        except BackupError as error:
+            raise StrongroomError(str(error), hint="take another generation or another copy") from error
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the backup, as far as that can be seen without opening packs."""
+        return list(self.folder.check(self.generation, self.manifest))
+
+    @functools.cached_property
+    def whole(self) -> list[str]:
+        """The names of the files that are as the manifest says."""
+        return [one.name for one in self.manifest.files if not backup.file_fault(self.generation, one)]
+
+    def needs(self) -> None:
+        """Check that what nothing opens without can be read.
+
+        Raises:
+            StrongroomError: It cannot.
+        """
+        try:
+            database = KeysDatabase(self.generation / "keys.db", immutable=True)
+            try:
+                for _ in _records(database):
+                    pass
+            finally:
+                database.close()
+        except (DatabaseError, OSError, ValueError) as error:
+            raise StrongroomError(
+                f"keys.db of backup {self.manifest.id} cannot be read, and nothing opens without it: {error}",
+                hint="take another generation or another copy",
+            ) from error
+
+
+def _opened(exports: list[Path], typed: list[str]) -> tuple[bytes, recovery.Contents]:
+    faults = []
+    for path in exports:
+        try:
+            secret = shares.combine(typed)
+            try:
+                content = path.read_bytes()
+                return content, recovery.open_export(content, secret)
+            finally:
+                secret[:] = bytes(len(secret))
+        except (RecoveryError, OSError) as error:
+            faults.append(str(error))
+    raise StrongroomError(f"the backup does not open: {faults[-1]}", hint="type each share as it stands on paper")
+
+
+def find(path: Path, name: str = "") -> tuple[Folder, Path, list[Path]]:
+    """Return a backup folder, one of its generations (the newest without a name), and the recovery exports in it.
+
+    Raises:
+        StrongroomError: There is none, or none with an export.
+    """
+    folder = Folder(path)
+    try:
+        folder.store_id()
+        generation = folder.generation(name)
+    except BackupError as error:
+        raise StrongroomError(str(error), hint="--from names the folder that 'strongroom backup --to' wrote") from error
+    exports = sorted(generation.glob(f"*{backup.EXPORT_SUFFIX}"))
+    if not exports:
+        raise StrongroomError(
+            f"backup {generation.name} holds no recovery export",
+            hint="put its files beside the store's own anchors, or take 'strongroom recovery rebuild' with an export",
+        )
+    return folder, generation, exports
+
+
+def restore(
+    source: Source, file: Path, typed: list[str], key_file: Path, *, incomplete: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Make a store from a backup, beside a configuration file that is there or is made; yield what happens.
+
+    Raises:
+        StrongroomError: Something of a store is there already, or the backup is damaged.
+    """
+    problems = source.problems()
+    if problems and not incomplete:
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise StrongroomError(
+            "the backup is damaged: " + "; ".join(problems[:_SHOWN]) + more,
+            hint="take another copy or generation; --incomplete restores what is there",
+        )
+    source.needs()
+    config = _configuration(source, file, key_file)
+    if not key_file.parent.is_dir():
+        raise StrongroomError(f"there is no folder {key_file.parent} for the key file")
+    try:
+        yield from _lay_out(source, config, source.manifest.packs, _copied(source, config))
+        rebuild(config, source.export, typed, key_file)
+        yield {"kind": "step", "text": "keyring and anchors are made anew; the index is being filled"}
+        vault = Vault(config)
+        try:
+            vault.unlock(slots.read_key_file(key_file))
+            vault.auditor.record("restored", backup=source.manifest.id, made=source.manifest.created)
+            # The same shares open what is exported from now on.
+            if all(key.id != source.recovery.id for key in vault.unlocked().ring.body.recovery):
+                Recovery(vault).add(os.geteuid(), source.recovery)
+            counts = vault.unlocked().index.counts()
+        finally:
+            vault.lock()
+            vault.auditor.close()
+        for folder in (config.store_path, *config.store_path.rglob("*")):
+            if folder.is_dir():
+                encoding.sync_folder(folder)
+    except OSError as error:
+        what = f"{error.filename or file}: {error.strerror}"
+        raise StrongroomError(f"not restored: {what}", hint=_AGAIN) from error
+    except (KeyringError, AnchorError, slots.UnlockError, DatabaseError, ValueError) as error:
+        raise StrongroomError(f"not restored: {error}", hint=_AGAIN) from error
+    yield {"kind": "restored", "counts": counts, "problems": problems, "waiting": source.manifest.waiting}
+
+
+def _configuration(source: Source, file: Path, key_file: Path) -> Config:
+    """Return the configuration that is there, or make one from the backup's with the store's folders beside it."""
+    if file.exists():
+        config = load(file)
+        if config.signing_key != source.signing_key:
+            raise StrongroomError(f"{file} is the configuration of another store")
+    else:
+        settings = _settings(source)
+        settings.unlock.key_file = str(key_file)
+        config = Config(file, settings)
+    taken = [p for p in (config.keyring, config.keys_db, config.store_path / "objects", key_file) if p.exists()]
+    if config.anchors.exists():
+        taken += sorted(config.anchors.glob("anchor-*"))
+    if taken:
+        raise StrongroomError(
+            f"{taken[0]} exists already: a store is never restored over another one",
+            hint="name another place with --config DIR/strongroom.toml",
+        )
+    return config
+
+
+def _settings(source: Source) -> Settings:
+    public = "ed25519:" + encoding.to_base64(source.signing_key).decode()
+    store = Store(path="store", anchors="anchors", spool="spool", signing_key=public)
+    settings = None
+    whole = source.whole
+    with contextlib.suppress(OSError, ValueError):
+        if "settings/strongroom.toml" not in whole:
+            raise ValueError
+        text = (source.generation / "settings/strongroom.toml").read_text("utf-8")
+        settings, _ = convert(tomllib.loads(text), Settings)
+    if settings is None:
+        return Settings(store=store)
+    kept = Settings(store=store)
+    # Of the other machine's: what it is called and what it allows; not its places, users, addresses and token.
+    kept.store.reserve_bytes, kept.gate.ae_title = settings.store.reserve_bytes, settings.gate.ae_title
+    kept.keys.destroy_after_days = settings.keys.destroy_after_days
+    trust = [name.removeprefix(_TRUST) for name in whole if name.startswith(_TRUST)]
+    kept.gate.trust = [f"tls/{name.partition('-')[2]}" for name in trust]
+    return kept
+
+
+def _lay_out(source: Source, config: Config, total: int, packs: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Put a backup's files where the store has them."""
+    generation = source.generation
+    for folder, mode in (
+        (config.file.parent, 0o700),
+        (config.store_path, 0o700),
+        (config.incoming, 0o700),
+        (config.public, 0o755),
+        (config.peers, 0o755),
+        (config.socket.parent, 0o750),
+    ):
+        if not folder.exists():
+            folder.mkdir(mode=mode, parents=True)
+            folder.chmod(mode)
+    Archive(config.store_path, config.incoming).prepare()
+    for name in ("audit", "recovery", "certificates"):
+        (config.store_path / name).mkdir(mode=0o700)
+    (config.file.parent / "tls").mkdir(mode=0o755, exist_ok=True)
+    chain = [one.name for one in source.manifest.files if one.name.startswith("audit/")]
+    audit_whole = set(chain) <= set(source.whole)
+    for name in ["keys.db", *(name for name in source.whole if name != "keys.db")]:
+        target = _place(config, name)
+        if target is None or target.exists() or (name.startswith("audit/") and not audit_whole):
+            continue
+        if not target.parent.exists():
+            target.parent.mkdir(mode=0o700)
+        backup.copy_file(generation / name, target)
+    if not audit_whole:
+        # A new chain begins; what there is of the old one is kept beside it, as 'audit restart' keeps it.
+        aside = config.store_path / f"audit-{source.manifest.id}"
+        aside.mkdir(mode=0o700)
+        for path in (generation / "audit" / Path(name).name for name in chain):
+            if path.is_file() and not path.is_symlink():
+                backup.copy_file(path, aside / path.name)
+    for done in packs:
+        yield {"kind": "progress", "done": done, "total": total}
+    if not config.file.exists():
+        encoding.create(config.file, render(config.settings).encode(), mode=0o644)
+
+
+def _place(config: Config, name: str) -> Path | None:
+    """Return where the store has a file of a generation; None for what is made anew."""
+    folder, _, rest = name.rpartition("/")
+    if folder == "settings/peers.d":
+        return config.peers / rest
+    if folder == "settings/certificates":
+        return config.store_path / "certificates" / rest
+    if name.startswith(_TRUST):
+        return config.file.parent / "tls" / rest.partition("-")[2]
+    if name.endswith(backup.EXPORT_SUFFIX):
+        return config.store_path / "recovery" / rest
+    if name == "keys.db" or re.fullmatch(r"ledger-[0-9]+\.db|audit(-[0-9A-Za-z-]+)?/[^/]+", name):
+        return config.store_path / name
+    return None
+
+
+def _copied(source: Source, config: Config) -> Iterator[int]:
+    """Copy the packs to where they belong; yield how many there are now."""
+    archive = Archive(config.store_path, config.incoming)
+    database = KeysDatabase(source.generation / "keys.db", immutable=True)
+    try:
+        for number, record in enumerate(_records(database), 1):
+            quarantined = record.place.pack_id != record.place.key_id
+            target = archive.quarantine_path(record.pack_id) if quarantined else archive.path(record.pack_id)
+            _put(source.folder.pack(record.pack_id), target)
+            if number % _PROGRESS_PACKS == 0:
+                yield number
+    finally:
+        database.close()
+    for name in filter(backup.is_pack, source.manifest.raw):
+        _put(source.folder.pack(name), archive.quarantine_path(name))
+    yield source.manifest.packs
+
+
+def _put(path: Path, target: Path) -> None:
+    if not path.exists():
+        return
+    if not target.parent.exists():
+        target.parent.mkdir(mode=0o700)
+    backup.copy_file(path, target)
+    target.chmod(0o400)
+    os.utime(target, CONSTANT_TIME)
+
+
+def _records(database: KeysDatabase) -> Iterator[StudyKeyRecord]:
+    after = ""
+    while batch := database.records(after=after, limit=1000):
+        after = batch[-1].pack_id
+        yield from batch
+
+
+# --- a drill
+
+
+def drill(source: Source, typed: list[str], scratch: Path, sample: int) -> Iterator[dict[str, Any]]:
+    """Restore all but the packs into a scratch folder, open a sample of those; yield what happens.
+
+    Args:
+        source: The backup.
+        typed: The shares.
+        scratch: An empty folder in memory: the new keyring and its anchors lie there beside each other.
+        sample: How many packs to open, the newest among them; 0 for all.
+
+    Yields:
+        At the end ``{"kind": "drilled", "statement", "problems"}``, the statement signed by the store.
+
+    Raises:
+        StrongroomError: It cannot be tried.
+    """
+    problems = source.problems()
+    source.needs()
+    config = _configuration(source, scratch / "strongroom.toml", scratch / "store.key")
+    try:
+        yield from _lay_out(source, config, 0, [])
+    except OSError as error:
+        raise StrongroomError(
+            f"the backup cannot be tried: {error.filename or scratch}: {error.strerror}",
+            hint="--scratch names another folder in memory, with room for all but the packs",
+        ) from error
+    rebuild(config, source.export, typed, scratch / "store.key")
+    yield {"kind": "step", "text": "keyring, anchors, keys.db and ledger are restored into the scratch folder"}
+    try:
+        secret = slots.read_key_file(scratch / "store.key")
+        ring = keyring.unlock(config.keyring, secret, FileAnchors(config.anchors))
+    except (KeyringError, AnchorError, slots.UnlockError, slots.KeyFileError) as error:
+        raise StrongroomError(f"the restored keyring does not open: {error}") from error
+    try:
+        problems += _ledger_problems(config, ring)
+        chain = audit.verify(config.store_path / "audit", ring.store_id, source.signing_key)
+        if chain.fault:
+            problems.append(f"the audit chain: {chain.fault}")
+        chosen = _sample(source, sample)
+        opened = 0
+        for number, record in enumerate(chosen, 1):
+            count, fault = _open_one(source, ring, record)
+            opened += count
+            problems += [fault] if fault else []
+            if number % _PROGRESS_PACKS == 0:
+                yield {"kind": "progress", "done": number, "total": len(chosen)}
+        statement = {
+            "format": 1,
+            "store_id": ring.header.store_id,
+            "backup": source.manifest.id,
+            "made": source.manifest.created,
+            "drilled": clock.now(),
+            "packs": source.manifest.packs,
+            "bytes": source.manifest.bytes,
+            "digest": source.manifest.digest,
+            "opened_packs": len(chosen),
+            "opened_instances": opened,
+            "audit_records": chain.head.number,
+            "problems": problems,
+        }
+        content = signed.write(backup.DRILL, statement, ring.signing)
+    finally:
+        ring.forget()
+    yield {"kind": "drilled", "statement": content, "said": statement}
+
+
+def _ledger_problems(config: Config, ring: keyring.Keyring) -> list[str]:
+    try:
+        version = database_version(config, ring)
+        ledger = Ledger(config.ledger(version), ring.version(version).ledger_key())
+        try:
+            ledger.rotations()
+        finally:
+            ledger.close()
+    except (DatabaseError, KeyringError, AnchorError) as error:
+        return [f"the ledger does not open: {error}"]
+    return []
+
+
+def _sample(source: Source, count: int) -> list[StudyKeyRecord]:
+    database = KeysDatabase(source.generation / "keys.db", immutable=True)
+    try:
+        names = database.packs()
+        if count and count < len(names):
+            newest = names[-min(_NEWEST, count) :]
+            names = newest + random.SystemRandom().sample(names[: -len(newest)], count - len(newest))
+        return [record for name in names if (record := database.find(name)) is not None]
+    finally:
+        database.close()
+
+
+def _open_one(source: Source, ring: keyring.Keyring, record: StudyKeyRecord) -> tuple[int, str]:
+    """Return how many records of a pack opened, and what is wrong with it."""
+    try:
+        with PackFile(source.folder.pack(record.pack_id)) as file:
+            good = [found.frame for found in open_pack(file, ring, record).records() if isinstance(found, Record)]
+    except (OSError, PackError, SealError, KeyringError, AnchorError) as error:
+        return 0, f"pack {record.pack_id} does not open: {error}"
+    if frames_digest(good) != record.place.frames_digest:
+        return len(good), f"pack {record.pack_id}: records do not open"
+    return len(good), ""
