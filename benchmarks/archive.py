@@ -6,8 +6,8 @@ Usage: python -m benchmarks.archive make --to FOLDER [--studies 100000] [--seed 
 
 ``init`` makes the store and a peer BENCH; packs, key records and rows are made by the gate's and the vault's own
 functions, as a store admits them that one user runs. Only the way in is short: straight into ``objects/``, many
-studies a transaction, nothing synced before the end. ``plan`` (and ``--list``) writes what is in it, a JSON line a
-study.
+studies a transaction, nothing synced before the end. The keyring says that its first version is as old as the first
+study: retention believes no reception before that. ``plan`` (and ``--list``) writes what is in it, a JSON line a study.
 """
 
 from __future__ import annotations
@@ -90,10 +90,12 @@ class _Batched:
 class Filling:
     """A store that is being filled; nobody else has it meanwhile."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, since: datetime) -> None:
         self._ring = keyring.unlock(
             config.keyring, slots.read_key_file(config.key_file or Path()), FileAnchors(config.anchors)
         )
+        self._ring.body.versions[0].created = f"{since:%Y-%m-%dT%H:%M:%SZ}"
+        self._ring.write(config.keyring)
         self._version = self._ring.current()
         self._keys_db = KeysDatabase(config.keys_db, migrate=True)
         self._index = Index(config.index(self._version.version), self._version.index_key(), migrate=True)
@@ -189,7 +191,7 @@ def make(home: Path, plan: Plan, *, listed: IO[str] | None = None) -> dict[str, 
     counts: Counter[str] = Counter()
     with config.lock.open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        filling = Filling(config)
+        filling = Filling(config, plan.since)
         try:
             for number, study in enumerate(_shown(plan), 1):
                 filling.add(study)

@@ -189,6 +189,8 @@ def rebuild(
         signing_seed=contents.signing_seed,
         tag_key=contents.tag_key,
         versions=[_sealed_anew(version, store_id, first) for version in contents.versions],
+        # Its shares are there: the next export needs nobody.
+        recovery=[contents.recovery],
     )
     header = Header(
         created=created,

@@ -170,12 +170,10 @@ class Archive:
         os.rename(file.path, _making(target))
         encoding.sync_folder(target.parent)
 
-    def sync_objects(self, names: set[str]) -> None:
-        """Make the names in folders of ``objects/`` durable, and in the quarantine; ``finish`` does it for one pack."""
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                encoding.sync_folder(self._objects / name)
-        encoding.sync_folder(self._quarantine)
+    def sync_names(self) -> None:
+        """Make every name in the archive durable; ``finish`` does it for one pack."""
+        for folder in (*self._objects.iterdir(), self._objects, self._quarantine):
+            encoding.sync_folder(folder)
 
     def finish(self, target: Path) -> bool:
         """Give ``<target>.new`` its name; tell whether the target is there. Can be repeated after a crash."""

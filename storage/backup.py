@@ -97,8 +97,11 @@ class Folder:
             # A mark in the making is what a backup left that was killed there.
             if self.path.exists() and any(path.name != f"{MARK}.new" for path in self.path.iterdir()):
                 raise BackupError(f"{self.path} holds other files: a backup needs a folder of its own")
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            encoding.sync_folder(self.path.parent)
+            if not self.path.exists():
+                self.path.mkdir(mode=0o700, parents=True)
+                # Who may make a folder there need not be allowed to read what else there is.
+                with contextlib.suppress(PermissionError):
+                    encoding.sync_folder(self.path.parent)
             encoding.replace(mark, encoding.canonical({"format": 1, "store_id": store_id}) + b"\n")
         elif self.store_id() != store_id:
             raise BackupError(f"{self.path} holds backups of another store")

@@ -161,7 +161,8 @@ class OpenedPack:
                 empty = None
             following = pack.page_after(frame.end)
             # Here, where it is in memory: reading a pack again for its gaps would cost as much as reading it once.
-            gap = self.file.read(frame.end, following - frame.end)
+            left = min(following, size) - frame.end
+            gap = self.file.read(frame.end, left) if left > 0 else b""
             yield found if gap == bytes(len(gap)) else msgspec.structs.replace(found, padded=False)
 
     def _context(self, label: str, frame: pack.Frame) -> bytes:

@@ -43,15 +43,23 @@ class Records(Generic[_T]):
 
     def all(self, state: str | None = None) -> Iterator[_T]:
         """Yield the records, or those in a state, in the order in which they were first put; flat in memory."""
-        where, values = ("", []) if state is None else (" AND state = ?", [state])
         after = 0
-        while rows := self._db.execute(
-            f"SELECT number, content FROM record WHERE kind = ?{where} AND number > ? ORDER BY number LIMIT {_PAGE}",  # noqa: S608
-            [self._kind, *values, after],
-        ).fetchall():
-            after = rows[-1][0]
-            for row in rows:
-                yield msgspec.json.decode(row[1], type=self._type)
+        while page := self.page(state, after=after):
+            after = page[-1][0]
+            for _, record in page:
+                yield record
+
+    def page(self, state: str | None = None, *, after: int = 0, limit: int = _PAGE) -> list[tuple[int, _T]]:
+        """Return some of the records, as ``all`` does, each with its number: those behind a number, at most so many.
+
+        For who changes records on the way, or lets others use the ledger between two pages.
+        """
+        where, values = ("", []) if state is None else (" AND state = ?", [state])
+        rows = self._db.execute(
+            f"SELECT number, content FROM record WHERE kind = ?{where} AND number > ? ORDER BY number LIMIT ?",  # noqa: S608
+            [self._kind, *values, after, limit],
+        )
+        return [(row[0], msgspec.json.decode(row[1], type=self._type)) for row in rows]
 
     def count(self, state: str | None = None) -> int:
         """Return how many records there are, or how many in a state."""

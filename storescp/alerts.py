@@ -2,12 +2,12 @@
 
 Whoever notices raises an alert, as often as it is noticed, and resolves it when it is over. The log says it here; the
 errand that sends alerts (``errands/alert.py``) reads the outbox and writes elsewhere. What an alert says comes from one
-table: text, the command that resolves it, counts, and at most one name of a form that is fixed. No caller can put free
-text into it, so none can put a patient or a UID there.
+table (``alertkinds.py``), no caller's text.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import stat
-import string
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,79 +25,17 @@ import msgspec
 
 from keys import encoding
 from storescp import clock
+from storescp.alertkinds import KINDS, SEVERITIES, TOO_MANY, UID
 
 # Standing at a time; what comes after them is told as one alert, TOO_MANY.
 LIMIT = 100
-TOO_MANY = "too-many-alerts"
 _FILE_LIMIT = 4096
 _MODE = 0o640
 _FOLDER_MODE = 0o750
 _COUNT_LIMIT = 1 << 60
 _FILE_NAME = re.compile(r"[a-z-]{1,40}\.[0-9a-f]{16}\.json", re.ASCII)
 
-# What a name in an alert may be. Long numbers, and many with dots between them, are UIDs or a patient's.
-NO_NAME = re.compile(r"")
-WORD = re.compile(r"[a-z][a-z0-9-]{0,39}", re.ASCII)
-PEER = re.compile(r"[ -\[\]-~]{1,16}", re.ASCII)
-_UID = re.compile(r"\d+(\.\d+){4,}|\d{12,}", re.ASCII)
-
 log = logging.getLogger(__name__)
-
-
-class Kind(NamedTuple):
-    """What alerts of a kind say. ``{what}`` may stand in text and command, counts in the text; ``name`` is its form."""
-
-    severity: str
-    text: str
-    command: str
-    name: re.Pattern[str] = NO_NAME
-
-    def counts(self) -> frozenset[str]:
-        """Return the names of the counts in the text."""
-        return frozenset(name for _, name, _, _ in string.Formatter().parse(self.text) if name) - {"what"}
-
-
-SEVERITIES = ("critical", "warning")
-KINDS = {
-    "locked": Kind(
-        "critical", "the vault is locked: what arrives is kept, nothing is admitted, erased or checked", "unlock"
-    ),
-    "space-short": Kind(
-        "critical",
-        "nothing more is received: a disk has less free space than store.reserve_bytes. Free space or add a disk; "
-        "the status says which",
-        "status",
-    ),
-    "total-loss": Kind(
-        "critical",
-        "ONE FAILURE FROM TOTAL LOSS: if keyring or anchors are lost, every study is lost, backups included. "
-        "The status says what is missing",
-        "status",
-    ),
-    "audit-fault": Kind("critical", "the audit chain takes no records, so that no admin's act is done", "audit verify"),
-    "unreadable": Kind(
-        "critical",
-        "places in deposits that did not open: {count}. Have what was sent then sent again; "
-        "the vault's log names the packs",
-        "status",
-    ),
-    "quarantine": Kind("warning", "in quarantine, not admitted until somebody decides: {count}", "quarantine list"),
-    "scrub-damage": Kind("critical", "the scrub found packs that are damaged or missing: {count}", "verify"),
-    "job-failed": Kind("warning", "the scheduled job {what} failed", "status", WORD),
-    "job-findings": Kind("warning", "the scheduled job {what} found what somebody must look at: {count}", "status", WORD),
-    "job-overdue": Kind("warning", "the scheduled job {what} is overdue", "status", WORD),
-    "backup-old": Kind("warning", "the newest confirmed backup is {days} days old", "backup list"),
-    "patch-breach": Kind("warning", "fixes that are not applied in time: {count}", "patch report"),
-    "patch-unknown": Kind("warning", "what nobody can tell to be patched or not: {count}", "patch report"),
-    "retention-brake": Kind(
-        "critical", "retention stopped by itself: {count} studies were to go, more than it may erase at once", "status"
-    ),
-    "certificate-server": Kind("critical", "the server's certificate expires in {days} days", "status"),
-    "certificate-peer": Kind("warning", "the certificate of {what} expires in {days} days", "peer renew {what}", PEER),
-    "crl-old": Kind("critical", "revocation lists that expire soon or have expired: {count}", "status"),
-    "test": Kind("warning", "this is a test: nothing is wrong", "alerts list"),
-    TOO_MANY: Kind("critical", "more alerts stand than are told apart; the rest is in the log only", "alerts list"),
-}
 
 
 class Alert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -140,7 +77,7 @@ class Alert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kind = KINDS.get(self.kind)
         if self.format != 1 or kind is None:
             raise ValueError("no alert of a kind that is known")
-        if not kind.name.fullmatch(self.what) or _UID.search(self.what):
+        if not kind.name.fullmatch(self.what) or UID.search(self.what):
             raise ValueError(f"an alert of kind {self.kind} cannot name this")
         if self.counts.keys() != kind.counts() or not all(-1 < n < _COUNT_LIMIT for n in self.counts.values()):
             raise ValueError(f"an alert of kind {self.kind} has other counts")
@@ -260,9 +197,12 @@ class _Held:
         self._lock.acquire()
         try:
             self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            # Whoever else writes here ends it as anybody else: a file of root's could not be read by who sends it.
-            if os.fstat(self._descriptor).st_uid != os.geteuid():
-                raise PermissionError(1, "only its owner raises alerts")
+            found = os.fstat(self._descriptor)
+            # Nobody else writes here, not even root: a file of root's could not be read by who sends it.
+            if found.st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "only its owner raises alerts")
+            if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise PermissionError(errno.EPERM, "others can write it; chmod go-w")
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         except BaseException:
             self.__exit__()
@@ -291,7 +231,7 @@ def read(folder: Path) -> Outbox:
             alerts.append(alert)
         elif (folder / name).is_symlink() or (folder / name).exists():
             unreadable.append(name.removesuffix(".json"))
-    return Outbox(sorted(alerts, key=lambda a: (SEVERITIES.index(a.severity), a.since, a.name)), unreadable)
+    return Outbox(sorted(alerts, key=lambda a: (SEVERITIES.index(a.severity), a.since, a.kind, a.what)), unreadable)
 
 
 def _names(folder: Path) -> list[str]:

@@ -22,6 +22,8 @@ from storage.retentionrules import Retention
 from storescp import alertsettings, schedulesettings, scrubsettings
 from storescp.alertsettings import AlertSettings
 from storescp.errors import USAGE, StrongroomError
+from storescp.patch import settings as patch_settings
+from storescp.patch.settings import PatchAge
 from storescp.schedulesettings import ScheduleSettings
 from storescp.scrubsettings import ScrubSettings
 
@@ -118,6 +120,7 @@ class Settings(msgspec.Struct, kw_only=True):
     scrub: ScrubSettings = msgspec.field(default_factory=ScrubSettings)
     control: Control = msgspec.field(default_factory=Control)
     log: Log = msgspec.field(default_factory=Log)
+    patch_age: PatchAge = msgspec.field(default_factory=PatchAge)
     alerts: AlertSettings = msgspec.field(default_factory=AlertSettings)
     schedule: ScheduleSettings = msgspec.field(default_factory=ScheduleSettings)
 
@@ -182,6 +185,7 @@ EXPLAINED = {
     "log": "The log goes to standard error; journald or the supervisor keeps it.",
     "log.format": '"text" or "json".',
     "log.level": '"debug", "info", "warning" or "error".',
+    **patch_settings.EXPLAINED,
     **alertsettings.EXPLAINED,
     **schedulesettings.EXPLAINED,
 }
@@ -411,6 +415,7 @@ def _check(settings: Settings) -> list[str]:
     errors += _out_of_bounds("keys.destroy_after_days", settings.keys.destroy_after_days, 0, 3650)
     errors += _check_anchor(settings.keys)
     errors += retentionrules.errors(settings.retention)
+    errors += patch_settings.check(settings.patch_age)
     errors += scrubsettings.errors(settings.scrub)
     if settings.log.format not in {"text", "json"}:
         errors.append("log.format: must be text or json")

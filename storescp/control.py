@@ -182,6 +182,10 @@ class Server:
         request = _read_request(connection, state, uid)
         if request is None:
             return False
+        if not self._allowed(uid):
+            # Taken out of the group since the connection was made.
+            log.warning("control request of uid %d refused", uid)
+            return False
         try:
             response = self._handler(request)
         except StrongroomError as error:

@@ -280,7 +280,7 @@ def test_an_erased_study_is_gone_and_nothing_else_is_touched_and_what_comes_agai
     server.wait_admitted()
     [pack] = packs(server) - others.keys()
     assert studies(server) == {STUDY, OTHER}
-    assert "1 instances in 1 packs" in server.ok("erase", "--study", STUDY, "--reason", "4711", "--yes").out
+    assert "1 instance in 1 pack" in server.ok("erase", "--study", STUDY, "--reason", "4711", "--yes").out
     assert studies(server) == {OTHER}
     assert {row["study"] for row in server.list("instance")} == {OTHER}
     assert server.run("export", "--study", STUDY, "--to", server.home / "none").status == 5
@@ -629,7 +629,7 @@ def test_a_copy_and_a_contradiction_that_come_while_an_erasure_waits_are_a_new_s
     house.admit()
     house.put(3)
     record = house.gate.begin(STUDY, "CT1")
-    with pytest.raises(StrongroomError, match="still being received"):
+    with pytest.raises(StrongroomError, match="1 pack still open in the gate"):
         house.erase()
     house.gate.close_idle()
     # What is held, sent again; other content; another patient: of a study that is not held any more.

@@ -666,6 +666,26 @@ def test_while_a_backup_is_made_no_old_pack_goes(house: House) -> None:
     clean(house)
 
 
+def test_a_pack_between_two_names_is_no_finding_and_one_without_a_key_is(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = furnished(house)
+    open_, whole = house.vault.unlocked(), Index.move
+    seen: list[list[dict[str, Any]]] = []
+
+    def looking(index: Index, old: str, new: str, length: int) -> None:
+        # Its key record is the new one, its file and its rows are still the old ones.
+        seen.append(findings(house))
+        whole(index, old, new, length)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Index, "move", looking)
+        reencrypt(house)
+    assert seen == [[]] * 5
+    open_.keys_db.remove(open_.ledger.name_of(names["other"]))
+    assert [finding["what"] for finding in findings(house)] == ["orphaned"]
+
+
 def test_one_at_a_time_and_none_beside_a_rotation(house: House) -> None:
     furnished(house)
     first = Reencrypt(house.vault).run(1000, ALL, "x")

@@ -350,10 +350,10 @@ class Machine:
         return self.pid != 0
 
 
-def installation() -> str:
+def installation(page: str = "admin.md", title: str = "As systemd services") -> str:
     """Return the commands of the administrator's guide that install the units, for an address that is there."""
-    guide = (HERE.parent / "docs" / "admin.md").read_text()
-    section = guide[guide.index("## As systemd services") :]
+    guide = (HERE.parent / "docs" / page).read_text()
+    section = guide[guide.index(f"## {title}") :]
     block = re.search(r"(?:^    .*\n)+", section, re.MULTILINE)
     assert block is not None
     return block[0].replace("192.0.2.10", "127.0.0.1")
@@ -489,6 +489,37 @@ def test_with_the_guides_drop_in_the_gate_binds_port_104(machine: Machine) -> No
         config.write_text(before)
         restart(machine, "gate")
     assert machine.send(CT) == [0]
+
+
+@real
+def test_the_sender_of_alerts_reads_the_outbox_and_reaches_nothing_of_the_store(machine: Machine) -> None:
+    config = machine.root / "etc/strongroom/strongroom.toml"
+    before = config.read_text()
+    log = machine.root / "etc/systemd/system/strongroom-alerts.service.d/log.conf"
+    try:
+        # Nobody listens there: that it is tried is all that is wanted.
+        config.write_text(before.replace("webhooks = []", 'webhooks = ["https://127.0.0.1:1/"]'))
+        log.parent.mkdir()
+        log.write_text("[Service]\nStandardError=append:/run/alerts.log\n")
+        machine.run("bash", "-c", f"set -e; cd /opt/strongroom/code\n{installation('alerts.md', 'As a service')}")
+        pid = machine.main("alerts")
+        said = machine.root / "run/alerts.log"
+        machine.wait(lambda: "an alert is not delivered" in said.read_text(), "no alert is sent")
+        assert "cannot be" not in said.read_text().replace("the server cannot be reached", "")
+        user = owner(pid)
+        found = machine.run("sh", "-c", f"{_WRITABLE} || true", pid=pid, user=user).split()
+        assert {path for path in found if str(Path(path).parent) not in found} - {"/dev/mqueue"} == {
+            "/var/spool/strongroom/alerts"
+        }
+        hidden = "/var/lib/strongroom /var/lib/strongroom-anchors /var/spool/strongroom/incoming /run/strongroom"
+        assert (
+            machine.run("sh", "-c", f"cat {hidden}/* 2>&1 || true; ls -A {hidden}", pid=pid).count("strongroom.") == 0
+        )
+        assert re.findall(r"(?m)^Cap\w+:\t(\w+)$", Path(f"/proc/{pid}/status").read_text()) == ["0" * 16] * 5
+        machine.run("systemctl", "disable", "--now", "strongroom-alerts")
+        assert (machine.show("alerts", "ActiveState"), machine.show("alerts", "Result")) == ("inactive", "success")
+    finally:
+        config.write_text(before)
 
 
 @real

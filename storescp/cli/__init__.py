@@ -56,12 +56,21 @@ class _Verbs(click.Group):
             return None
         module = importlib.import_module(verbs[cmd_name][0])
         command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
+        _lay_out(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # Without importing every verb's module, so that --help is quick.
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _VERBS.items()])
+
+
+def _lay_out(command: click.Command) -> None:
+    """Let click keep the lines of examples: its mark is a control character, which no docstring should hold."""
+    command.help = (command.help or "").replace("\\b", "\b")
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            _lay_out(inner)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -85,6 +94,7 @@ def strongroom(context: click.Context, config: str | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with its status."""
     try:
+        _lay_out(strongroom)
         result: Any = strongroom.main(args=arguments, prog_name="strongroom", standalone_mode=False)
     except click.ClickException as error:
         error.show()

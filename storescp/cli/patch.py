@@ -79,12 +79,14 @@ def fetch_command(given: str | None, /, only: tuple[str, ...], index: str | None
     Exit status: 0 everything is current, 1 nothing could be fetched, 3 some could not.
     """
     settings, folder = _folder(config_of(given))
-    settings = msgspec.structs.replace(settings, index=index or settings.index, osv=osv or settings.osv)
-    _refuse(check(settings))
-    from storescp.errands import fetch
+    from storescp.errands import download, fetch
     from storescp.patch import inventory, system
 
-    client = fetch.Client()
+    index = index or settings.index or (fetch.pip_index() if not only or "index" in only else "")
+    settings = msgspec.structs.replace(settings, index=index, osv=osv or settings.osv)
+    _refuse(check(settings))
+
+    client = download.Client()
     failed = total = 0
     with fetch.alone(folder):
         wanted = only or ("osv", "index", "debian")
@@ -230,7 +232,7 @@ def window_remove(given: str | None, /, window: str) -> None:
 def _folder(config: Config) -> tuple[PatchAge, Any]:
     from storescp.patch.folder import Folder
 
-    settings: PatchAge = getattr(config.settings, "patch_age", PatchAge())
+    settings: PatchAge = config.settings.patch_age
     return settings, Folder(config.file.parent / settings.folder)
 
 

@@ -30,6 +30,9 @@ def retention_command() -> None:
 def plan(given: str | None, /, on: datetime | None, everything: bool, as_json: bool) -> int:
     r"""Show what would go and why, what a hold blocks, and how much space it frees. Changes nothing.
 
+    Of each study that is due it says what 'retention run' does with it now: it marks it as pending erasure, lets it
+    wait (until the day that stands there), erases it, or leaves it to who took it back.
+
     \b
     Examples:
       $ strongroom retention plan
@@ -49,7 +52,7 @@ def plan(given: str | None, /, on: datetime | None, everything: bool, as_json: b
         output.document({"format": 1, "studies": studies, "totals": totals})
     else:
         if studies:
-            columns = ["Becomes", "Due", "Study UID", "Instances", "Size", "Why"]
+            columns = ["Becomes", "Due", "A run now", "Study UID", "Instances", "Size", "Why"]
             output.table(columns, (_row(study) for study in studies))
         _tell(totals)
     return 0 if totals["due"] else NOTHING
@@ -119,7 +122,10 @@ def take_back(given: str | None, /, study: str, until: datetime | None, reason: 
 
 def _row(study: dict[str, Any]) -> list[Any]:
     why = "; ".join([*study["obstacles"], *study["reasons"][:1]])
-    return [study["becomes"], study["due"], study["study"], study["instances"], output.size(study["bytes"]), why]
+    day = study["kept_until"] or (study["erased_from"] if study["run"] == "waits" else None)
+    does = f"{study['run']} until {day}" if day else study["run"]
+    size = output.size(study["bytes"])
+    return [study["becomes"], study["due"], does, study["study"], study["instances"], size, why]
 
 
 def _tell(totals: dict[str, Any]) -> None:
@@ -132,5 +138,10 @@ def _tell(totals: dict[str, Any]) -> None:
     click.echo(
         f"on {totals['on']} of {output.plural(totals['studies'], 'study', 'studies')}: {', '.join([*said, stay])}"
     )
+    if totals["due"]:
+        click.echo(
+            f"a run now marks {totals['marks']} of them as pending erasure and erases {totals['erases']};"
+            f" {totals['waits']} wait, {totals['taken_back']} were taken back"
+        )
     for brake in totals["brakes"]:
         click.echo(f"brake: {brake}", err=True)

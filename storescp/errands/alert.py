@@ -24,10 +24,11 @@ from keys import encoding
 from storescp import alerts, clock, notify
 from storescp.alerts import Alert
 from storescp.config import Config
-from storescp.errands.ways import DeliveryError, Message, Way, ways_of
+from storescp.errands.connection import DeliveryError
+from storescp.errands.ways import Message, Way, ways_of
 from storescp.errors import USAGE, StrongroomError
 
-_POLL_SECONDS = 5.0
+_POLL_SECONDS = 2.0
 # What comes back within this time was never over: something that flaps fills nobody's mailbox.
 SETTLED_SECONDS = 300.0
 _FIRST_DELAY, _LONGEST_DELAY = 60.0, 3600.0

@@ -11,9 +11,6 @@ import os
 import smtplib
 import socket
 import ssl
-import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
@@ -23,19 +20,19 @@ from keys.secret import CredentialError, credential_content
 from storescp import __version__
 from storescp.alertsettings import Mail
 from storescp.config import Config
-from storescp.errors import StrongroomError
+from storescp.errands.connection import (
+    ANSWER_LIMIT,
+    STEP_SECONDS,
+    Connection,
+    DeliveryError,
+    Lines,
+    connected,
+    tls_context,
+    told,
+)
 
-# For each step, and for all of them together, however slowly they come.
-_STEP_SECONDS = 15.0
-_WHOLE_SECONDS = 60.0
-_ANSWER_LIMIT = 64 << 10
-_SAID_LIMIT = 200
 _PASSWORD_LIMIT = 1024
 _READY = 220
-
-
-class DeliveryError(Exception):
-    """An alert could not be delivered; the message says why, without anything secret."""
 
 
 class Message(NamedTuple):
@@ -76,22 +73,6 @@ def ways_of(config: Config) -> list[Way]:
     return ways
 
 
-def tls_context(trust: Path | None) -> ssl.SSLContext:
-    """Return how servers are checked: the system's authorities, and those in a file.
-
-    Raises:
-        StrongroomError: The file cannot be read, or holds none.
-    """
-    context = ssl.create_default_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if trust is not None:
-        try:
-            context.load_verify_locations(cafile=trust)
-        except (OSError, ssl.SSLError) as error:
-            raise StrongroomError(f"alerts.trust: {trust} cannot be read: {error.strerror or error}") from error
-    return context
-
-
 class MailWay:
     """Mail through one server, by SMTP inside TLS; nothing is said to a server that does not speak it."""
 
@@ -107,15 +88,15 @@ class MailWay:
         """Deliver a message; the server has taken it for at least one recipient when this returns."""
         mail = self._mail
         content = _rfc_5322(message, mail)
-        with _told(), _connected(mail.host, mail.port) as connection:
+        with told(), connected(mail.host, mail.port) as connection:
             # Its own way to a name asks the name service, which may take its time.
-            smtp = smtplib.SMTP(local_hostname=connection.literal(), timeout=_STEP_SECONDS)
+            smtp = smtplib.SMTP(local_hostname=connection.literal(), timeout=STEP_SECONDS)
             try:
                 if mail.tls == "implicit":
-                    smtp.sock = connection.secure(self._context)
+                    _over(smtp, connection.secure(self._context))
                     _greeted(smtp)
                 else:
-                    smtp.sock = connection.socket
+                    _over(smtp, connection.socket)
                     _greeted(smtp)
                     self._start_tls(smtp, connection)
                 if mail.user:
@@ -128,13 +109,12 @@ class MailWay:
                 smtp.close()
         return f"{len(refused)} of {len(mail.recipients)} recipients were refused" if refused else ""
 
-    def _start_tls(self, smtp: smtplib.SMTP, connection: _Connection) -> None:
+    def _start_tls(self, smtp: smtplib.SMTP, connection: Connection) -> None:
         smtp.ehlo()
         if not smtp.has_extn("starttls") or smtp.docmd("STARTTLS")[0] != _READY:
             raise DeliveryError("the server offers no STARTTLS; without TLS no mail is sent")
-        smtp.sock = connection.secure(self._context)
         # What came before TLS counts for nothing (RFC 3207, 4.2), nor what somebody put behind the answer.
-        smtp.file = None
+        _over(smtp, connection.secure(self._context))
         smtp.helo_resp = smtp.ehlo_resp = None
         smtp.esmtp_features = {}
         smtp.does_esmtp = False
@@ -180,7 +160,7 @@ class Webhook:
             ("User-Agent", f"strongroom/{__version__}"),
             ("Connection", "close"),
         ]
-        with _told(), _connected(self._host, self._port) as connection:
+        with told(), connected(self._host, self._port) as connection:
             tls = connection.secure(self._context)
             http = h11.Connection(h11.CLIENT)
             for event in (
@@ -197,71 +177,9 @@ class Webhook:
         return ""
 
 
-class _Connection:
-    """A connection that ends in time whatever the other side does."""
-
-    def __init__(self, host: str, connected: socket.socket) -> None:
-        self._host = host
-        self.socket = connected
-
-    def literal(self) -> str:
-        """Return this end's address as SMTP has it (RFC 5321, 4.1.3)."""
-        address = self.socket.getsockname()[0]
-        return f"[IPv6:{address}]" if self.socket.family == socket.AF_INET6 else f"[{address}]"
-
-    def secure(self, context: ssl.SSLContext) -> ssl.SSLSocket:
-        """Go on in TLS, with a certificate that is the server's."""
-        tls = context.wrap_socket(self.socket, server_hostname=self._host, do_handshake_on_connect=False)
-        self.socket = tls
-        tls.do_handshake()
-        return tls
-
-    def end(self) -> None:
-        """Let whatever waits for the other side fail."""
-        with contextlib.suppress(OSError):
-            # Not SSLSocket's own, which takes TLS away from whoever reads at this moment.
-            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
-
-
-@contextlib.contextmanager
-def _connected(host: str, port: int) -> Iterator[_Connection]:
-    connection = _Connection(host, socket.create_connection((host, port), timeout=_STEP_SECONDS))
-    # A time-out for each step does not bound a server that sends a byte each second.
-    watch = threading.Timer(_WHOLE_SECONDS, connection.end)
-    watch.daemon = True
-    watch.start()
-    try:
-        yield connection
-    finally:
-        watch.cancel()
-        connection.socket.close()
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Turn whatever a network and a server can do into one error."""
-    try:
-        yield
-    except smtplib.SMTPResponseException as error:
-        raise DeliveryError(f"the server answers {error.smtp_code}: {_said(error.smtp_error)}") from error
-    except smtplib.SMTPRecipientsRefused as error:
-        codes = ", ".join(sorted({str(code) for code, _ in error.recipients.values()}))
-        raise DeliveryError(f"the server refuses every recipient ({codes})") from error
-    except ssl.SSLCertVerificationError as error:
-        raise DeliveryError(f"the server's certificate does not hold: {error.verify_message}") from error
-    except ssl.SSLError as error:
-        raise DeliveryError(f"no TLS with the server: {error.reason or type(error).__name__}") from error
-    except TimeoutError as error:
-        raise DeliveryError("the server takes too long") from error
-    except smtplib.SMTPNotSupportedError as error:
-        raise DeliveryError("the server offers no way to log in") from error
-    except smtplib.SMTPServerDisconnected as error:
-        raise DeliveryError("the server ends the connection") from error
-    except (smtplib.SMTPException, h11.ProtocolError) as error:
-        raise DeliveryError(f"the server does not keep to the protocol: {type(error).__name__}") from error
-    except (OSError, UnicodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else ""
-        raise DeliveryError(f"the server cannot be reached: {(said or type(error).__name__).lower()}") from error
+def _over(smtp: smtplib.SMTP, socket_: socket.socket) -> None:
+    smtp.sock = socket_
+    smtp.file = Lines(socket_)
 
 
 def _greeted(smtp: smtplib.SMTP) -> None:
@@ -282,13 +200,9 @@ def _status(http: h11.Connection, tls: ssl.SSLSocket) -> int:
         if event is h11.NEED_DATA:
             content = tls.recv(1 << 14)
             count += len(content)
-            if count > _ANSWER_LIMIT:
+            if count > ANSWER_LIMIT:
                 raise DeliveryError("the server's answer has no end")
             http.receive_data(content)
-
-
-def _said(text: bytes | str) -> str:
-    return (text.decode("ascii", "replace") if isinstance(text, bytes) else text)[:_SAID_LIMIT].replace("\n", " ")
 
 
 def _rfc_5322(message: Message, mail: Mail) -> email.message.EmailMessage:

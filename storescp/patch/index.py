@@ -5,6 +5,7 @@ Source: the simple repository API, PEP 691 (JSON) and PEP 700 (``upload-time``);
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from storescp.patch.osv import utc
 
 ACCEPT = "application/vnd.pypi.simple.v1+json"
 DOCUMENT_BYTES = 64 << 20
+_INTERPRETER = re.compile(r"(py|cp)([23])([0-9]{0,3})", re.ASCII)
 _ARCHIVES = (".tar.gz", ".zip", ".tar.bz2", ".tgz", ".tar.xz")
 
 
@@ -23,12 +25,19 @@ class AnswerError(ValueError):
 
 
 class Release(NamedTuple):
-    """A release that can be installed: when its first file was uploaded, None where the index does not say."""
+    """A release that was not withdrawn.
+
+    Attributes:
+        uploaded: When its first file was; None where the index does not say.
+        requires_python: As in ``>=3.9``.
+        tags: What its wheels are for, as in ``cp311-abi3-manylinux_2_17_x86_64``; None where it has its source.
+    """
 
     version: str
     key: versions.Key
     uploaded: datetime | None
-    requires_python: str
+    requires_python: str = ""
+    tags: frozenset[str] | None = None
 
 
 class Project(NamedTuple):
@@ -90,33 +99,31 @@ def parse(content: bytes, name: str) -> Project:
         if file.yanked is not False:
             continue
         uploaded = utc(file.upload_time) if file.upload_time is not None else None
-        known = found.get(key)
-        if known is not None:
+        tags = frozenset({_tag(file.filename)}) if file.filename.endswith(".whl") else None
+        if (known := found.get(key)) is not None:
             uploaded = min((d for d in (uploaded, known.uploaded) if d is not None), default=None)
-        found[key] = Release(version, key, uploaded, file.requires_python or "")
+            tags = tags | known.tags if tags is not None and known.tags is not None else None
+        found[key] = Release(version, key, uploaded, file.requires_python or "", tags)
     if not found:
         raise AnswerError("the index lists no release of the package")
     return Project(versions.normalized(name), tuple(found[key] for key in sorted(found)))
 
 
-def newer(project: Project, version: str, python: str) -> list[Release]:
-    """Return the releases that an upgrade from a version may choose from, the oldest first.
-
-    Args:
-        project: What the index says.
-        version: What is installed. Candidates and the like count only where this is one.
-        python: The running Python's version; releases that it cannot use are left out.
+def newer(project: Project, version: str) -> list[Release]:
+    """Return the releases after a version, the oldest first; candidates and the like only where it is one itself.
 
     Raises:
         VersionError: The installed version has no place in the order.
     """
     here = versions.python(version)
     early = versions.is_prerelease(here)
-    return [
-        r
-        for r in project.releases
-        if r.key > here and (early or not versions.is_prerelease(r.key)) and versions.allows(r.requires_python, python)
-    ]
+    return [r for r in project.releases if r.key > here and (early or not versions.is_prerelease(r.key))]
+
+
+def usable(release: Release, python: str) -> bool:
+    """Tell whether a Python of this version, on Linux, can use a release."""
+    fits = release.tags is None or any(_fits(tag, python) for tag in release.tags)
+    return fits and versions.allows(release.requires_python, python)
 
 
 def version_of(filename: str, name: str) -> str:
@@ -131,3 +138,25 @@ def version_of(filename: str, name: str) -> str:
                 if versions.normalized(stem[:at]) == versions.normalized(name):
                     return stem[at + 1 :]
     return ""
+
+
+def _tag(filename: str) -> str:
+    return "-".join(filename.removesuffix(".whl").split("-")[-3:])
+
+
+def _fits(tag: str, python: str) -> bool:
+    interpreters, abis, platforms = tag.split("-")
+    if platforms != "any" and "linux" not in platforms:
+        return False
+    major, minor = (int(part) for part in python.split(".")[:2])
+    for interpreter in interpreters.split("."):
+        found = _INTERPRETER.fullmatch(interpreter)
+        if found is None or int(found[2]) != major:
+            continue
+        # Pure Python, or the stable interface, is for this version and all later ones.
+        if found[1] == "py" or "abi3" in abis.split("."):
+            if int(found[3] or 0) <= minor:
+                return True
+        elif int(found[3] or 0) == minor:
+            return True
+    return False

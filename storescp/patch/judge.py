@@ -69,10 +69,11 @@ def _distribution(what: Distribution, interpreter: str, evidence: Evidence, benc
     project = None if isinstance(answer, str) else answer[0]
     asked = "" if isinstance(answer, str) else f"package index, asked {day(answer[1])}"
     try:
-        later = index.newer(project, what.version, interpreter) if project else []
+        after = index.newer(project, what.version) if project else []
         versions.python(what.version)
     except versions.VersionError:
         return [unknown("python", what.name, what.version, "its version is none of Python's (PEP 440)")]
+    later = [release for release in after if index.usable(release, interpreter)]
     if not isinstance(feed, str):
         by = f"OSV export of {day(feed.date)}"
         items = _advised(what, interpreter, feed, project, bench)
@@ -86,6 +87,9 @@ def _distribution(what: Distribution, interpreter: str, evidence: Evidence, benc
     if later:
         reason = f"a newer release may hold a fix, and nobody here knows: {feed}"
         return [bench.item("python", what.name, what.version, _update(later, "unknown", asked), reason)]
+    if after:
+        reason = f"{feed}; {after[-1].version} may hold a fix, and this Python cannot use it"
+        return [unknown("python", what.name, what.version, reason)]
     if project.find(what.version) is None:
         reason = f"{feed}; the package index does not list this version: withdrawn, or another project's"
         return [unknown("python", what.name, what.version, reason)]
@@ -127,8 +131,10 @@ def _fix_release(hit: Hit, project: index.Project | None, installed: str, interp
         if affected.package is not None
         and osv.key_of(affected.package.ecosystem, affected.package.name) == ("PyPI", project.name)
     ]
-    for release in index.newer(project, installed, interpreter):
-        if all(osv.judge(entry, release.version, versions.python).affected is False for entry in entries):
+    for release in index.newer(project, installed):
+        if index.usable(release, interpreter) and all(
+            osv.judge(entry, release.version, versions.python).affected is False for entry in entries
+        ):
             return release
     return None
 
@@ -171,7 +177,7 @@ def _carrier(component: Component, interpreter: str, evidence: Evidence) -> str:
     answer = evidence.answers.get(component.carrier, "")
     if not component.carrier or isinstance(answer, str):
         return ""
-    later = [r for r in answer[0].releases if versions.allows(r.requires_python, interpreter)]
+    later = [release for release in answer[0].releases if index.usable(release, interpreter)]
     return f"newest {component.carrier} on the index: {later[-1].version}" if later else ""
 
 

@@ -40,10 +40,13 @@ class PatchAge(msgspec.Struct, kw_only=True):
     update: Limit = _limit("P90D", "P365D")
     feed_limit: str = "P7D"
     window_limit: str = "P14D"
-    index: str = "https://pypi.org/simple/"
+    index: str = ""
     osv: str = "https://osv-vulnerabilities.storage.googleapis.com/"
     ecosystems: list[str] = msgspec.field(default_factory=lambda: ["PyPI", "Debian", "GIT"])
 
+
+# An empty place of exports names none.
+_NAMED_ELSEWHERE = {"index": "", "osv": "-"}
 
 EXPLAINED = {
     "patch_age": "How old an unapplied fix may be: 'strongroom patch report' (docs/patch-age.md). Durations are\n"
@@ -58,7 +61,7 @@ EXPLAINED = {
     "patch_age.update": "Newer releases that no known vulnerability asks for.",
     "patch_age.feed_limit": "Evidence older than this proves nothing: what hangs on it reads 'unknown'.",
     "patch_age.window_limit": "How long beyond its limit an announced window ('patch window') may hold a breach back.",
-    "patch_age.index": "The package index that 'patch fetch' asks for upload times.",
+    "patch_age.index": "The package index that 'patch fetch' asks for upload times; empty: the one of pip.",
     "patch_age.osv": "Where 'patch fetch' gets the exports of OSV, '<this>/PyPI/all.zip' and so on.",
     "patch_age.ecosystems": "The exports that are fetched and read. PyPI: Python packages. Debian: Debian packages.\n"
     "GIT: what is bundled as C code (OpenSSL, CPython); large.",
@@ -89,7 +92,9 @@ def check(settings: PatchAge) -> list[str]:
             errors.append(f"patch_age.{name}.target: is longer than the limit")
     errors += _durations({"patch_age.feed_limit": settings.feed_limit, "patch_age.window_limit": settings.window_limit})
     errors += [
-        f"patch_age.{name}: {problem}" for name in ("index", "osv") if (problem := url_problem(getattr(settings, name)))
+        f"patch_age.{name}: {problem}"
+        for name in ("index", "osv")
+        if (url := getattr(settings, name) or _NAMED_ELSEWHERE[name]) and (problem := url_problem(url))
     ]
     errors += [
         f"patch_age.ecosystems: '{name}' is no name of an export, as in PyPI or Debian (without ':12')"

@@ -105,6 +105,7 @@ class Admission:
         self._lock = threading.Lock()
         self._said: set[str] = set()
         self._interrupted = False
+        self._names_synced = False
         self._listed: dict[str, float] = {}
 
     # --- the whole of incoming/
@@ -141,8 +142,10 @@ class Admission:
                     self._index.filled()
                     log.info("the index is whole")
                     break
-                # A pack that has its name, perhaps since a moment before a crash: rows must not be more durable.
-                self._archive.sync_objects({record.pack_id[:2] for record in batch})
+                if not self._names_synced:
+                    # A pack may have its name since a moment before a crash: its rows must not be more durable.
+                    self._archive.sync_names()
+                    self._names_synced = True
                 with self._index.filling():
                     for record in batch:
                         self._finish(record.pack_id, synced=True)

@@ -13,10 +13,13 @@ from storescp.alerts import Alert, Alerts
 from storescp.config import Config
 from storescp.vault.api.quarantine import items
 from storescp.vault.api.status import total_loss
+from storescp.vault.due import JobState
 from storescp.vault.opened import Open
 from storescp.vault.state import Vault
 
 _LOOK_SECONDS = 60.0
+# How a job ended, as far as somebody has to act: something that it needs is missing, too.
+_FAILED, _FINDINGS = frozenset({"failed", "refused"}), frozenset({"findings"})
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ def look(vault: Vault, alerts: Alerts, now: Callable[[], float] = time.time) -> 
         _look_at_slots(vault.config, opened, alerts)
         if opened is not None:
             _look_inside(opened, alerts)
+            _look_at_jobs(vault.config, opened, alerts)
 
 
 def _look_at_slots(config: Config, opened: Open | None, alerts: Alerts) -> None:
@@ -83,6 +87,25 @@ def _look_inside(opened: Open, alerts: Alerts) -> None:
         unreadable = reader.index.unreadable()
     _say(alerts, "quarantine", waiting > 0, count=waiting)
     _say(alerts, "unreadable", unreadable > 0, count=unreadable)
+
+
+def _look_at_jobs(config: Config, opened: Open, alerts: Alerts) -> None:
+    results = {
+        state.job: state.last.result
+        for state in opened.ledger.records("job", JobState).all()
+        # What is not scheduled any more stands for nothing.
+        if state.last is not None and bool(getattr(config.settings.schedule, state.job, None))
+    }
+    for job, result in results.items():
+        if result in _FAILED:
+            alerts.raise_("job-failed", job)
+        if result in _FINDINGS:
+            alerts.raise_("job-findings", job)
+    for alert in alerts.standing():
+        if (alert.kind == "job-failed" and results.get(alert.what) not in _FAILED) or (
+            alert.kind == "job-findings" and results.get(alert.what) not in _FINDINGS
+        ):
+            alerts.resolve(alert.kind, alert.what)
 
 
 def _locked_long(vault: Vault, now: float) -> bool:

@@ -87,6 +87,9 @@ class Approvals:
         yield from self._do(approval.uid, approval.act, approval.subject, approval.reason)
         with self._vault.admitting():
             approval.approved_by, approval.approved = uid, clock.now()
+            if approval.act == ERASE:
+                # Nothing but the audit chain names a study that was erased.
+                approval.subject = ""
             _records(self._vault.unlocked()).put(approval.id, approval, DONE)
 
     def withdraw(self, uid: int, approval_id: str) -> Approval:

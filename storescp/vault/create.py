@@ -92,6 +92,8 @@ def create(plan: Plan) -> Config:
         (config.store_path, 0o700),
         (config.incoming, 0o700),
         (config.public, 0o755),
+        (config.outbox, 0o750),
+        (config.alert_state, 0o700),
         (config.peers, 0o755),
         (config.socket.parent, 0o750),
     ):
@@ -103,10 +105,10 @@ def create(plan: Plan) -> Config:
     os.chmod(config.keys_db, 0o600)
     ring.write(config.keyring)
     _publish(config, ring, created)
-    if plan.with_pki:
-        _issue_server(plan, config, ring, now)
+    if ring.body.authority is not None:
+        issue_server(config, ring.body.authority, plan.server_names)
     if plan.users is not None:
-        _hand_over(config, plan)
+        hand_over(config, plan.users, [path for path in (plan.key_file, plan.anchor_pin_file) if path is not None])
     for folder in (home, *(path for path in home.rglob("*") if path.is_dir()), *(path.parent for path in new)):
         encoding.sync_folder(folder)
     # Last: with the configuration the store is there; without it nothing uses what was made so far.
@@ -147,14 +149,13 @@ def _from(plan: Plan, path: Path) -> str:
     return str(path.relative_to(home) if path.is_relative_to(home) else path)
 
 
-def _issue_server(plan: Plan, config: Config, ring: keyring.Keyring, now: datetime) -> None:
-    ca = ring.body.authority
-    if ca is None:
-        raise StrongroomError("the store has no certificate authority")
+def issue_server(config: Config, ca: keyring.Authority, names: list[str]) -> None:
+    """Make the server's key and certificate, issued by the store's own authority, which peers must trust."""
     key = authority.new_private_key()
-    pem = authority.issue_server(ca, authority.request(key), plan.server_names, now, _SERVER_DAYS)
+    pem = authority.issue_server(ca, authority.request(key), names, datetime.now(UTC), _SERVER_DAYS)
     config.certificate.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    encoding.create(config.trust[0], ca.certificate.encode(), mode=0o644)
+    if not config.trust[0].exists():
+        encoding.create(config.trust[0], ca.certificate.encode(), mode=0o644)
     encoding.create(config.certificate, pem, mode=0o644)
     encoding.create(config.private_key, authority.private_pem(key))
 
@@ -166,21 +167,28 @@ def _publish(config: Config, ring: keyring.Keyring, created: str) -> None:
     encoding.create(path, version.deposit_key().signed_file(ring.signing, created), mode=0o644)
 
 
-def _hand_over(config: Config, plan: Plan) -> None:
-    """Give vault and gate what is theirs: the gate writes ``incoming/``, and reads TLS key and peers."""
-    vault, gate = (pwd.getpwnam(name) for name in plan.users or ())
+def hand_over(config: Config, users: tuple[str, str], secrets: list[Path]) -> None:
+    """Give vault and gate what is theirs: the gate writes ``incoming/``, and reads TLS key and peers.
+
+    Args:
+        config: The store.
+        users: The vault's and the gate's.
+        secrets: What the vault unlocks with.
+    """
+    vault, gate = (pwd.getpwnam(name) for name in users)
     everything = [config.store_path, *config.store_path.rglob("*"), config.anchors, *config.anchors.rglob("*")]
-    for path in (*everything, config.public, *config.public.iterdir(), config.socket.parent):
+    told = [path for path in (config.outbox, config.alert_state) if path.exists()]
+    own = (config.public, *config.public.iterdir(), config.socket.parent, *told)
+    for path in (*everything, *own):
         os.chown(path, vault.pw_uid, vault.pw_gid)
     # The set-group-id bit gives deposits the vault's group, which may read them and remove what it has admitted.
     os.chown(config.incoming, gate.pw_uid, vault.pw_gid)
     config.incoming.chmod(0o2770)
-    for folder in (plan.file.parent, config.incoming.parent, config.certificate.parent):
+    for folder in (config.file.parent, config.incoming.parent, config.certificate.parent):
         if folder.exists():
             folder.chmod(0o755)
     if config.private_key.exists():
         os.chown(config.private_key, 0, gate.pw_gid)
         config.private_key.chmod(0o640)
-    for secret in (plan.key_file, plan.anchor_pin_file):
-        if secret is not None:
-            os.chown(secret, vault.pw_uid, vault.pw_gid)
+    for secret in secrets:
+        os.chown(secret, vault.pw_uid, vault.pw_gid)

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from keys import encoding, signed
@@ -65,8 +65,16 @@ class Erase:
         self._config: Config = vault.config
         self._folder = vault.config.store_path / "certificates"
 
-    def run(self, uid: int, study: str, reason: str) -> Iterator[dict[str, Any]]:
+    def run(
+        self, uid: int, study: str, reason: str, *, check: Callable[[Open], None] = lambda _: None
+    ) -> Iterator[dict[str, Any]]:
         """Erase a study, or go on with the erasure that was begun; yield what happens.
+
+        Args:
+            uid: Who asks.
+            study: Its UID.
+            reason: Why.
+            check: Raises if it is not to be begun; asked when all that was acknowledged is in the index.
 
         Raises:
             StrongroomError: There is no such study, or it cannot go on now.
@@ -74,7 +82,7 @@ class Erase:
         if not reason.strip():
             raise StrongroomError("an erasure needs a reason")
         with self._vault.admitting():
-            erasure = self._begin(uid, study, reason)
+            erasure = self._begin(uid, study, reason, check)
             waits = self._go_on(erasure.id)
         held = f"{plural(erasure.instances, 'instance')} in {plural(len(erasure.packs), 'pack')}"
         yield {"kind": "step", "text": f"erasure {erasure.id}: {held}"}
@@ -118,7 +126,7 @@ class Erase:
         except (StrongroomError, OSError, DatabaseError) as error:
             log.error("certificates stay pending: %s", error)
 
-    def _begin(self, uid: int, study: str, reason: str) -> Erasure:
+    def _begin(self, uid: int, study: str, reason: str, check: Callable[[Open], None]) -> Erasure:
         """Record the intent, or find the one that was recorded before."""
         # Before the look at what waits: what was acknowledged up to here is found.
         begun = clock.now()
@@ -129,6 +137,7 @@ class Erase:
         if before is not None and not before.erased:
             return before
         open_.admission.must_be_filled()
+        check(open_)
         if hold := holding.held(open_, study):
             raise StrongroomError(
                 f"study {study} is under {hold}: nobody erases it",

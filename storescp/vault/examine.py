@@ -12,6 +12,7 @@ from keys.keyring import Keyring, KeyringError
 from keys.seal import SealError
 from storage import attributes, pack
 from storage.archive import Archive
+from storage.attributes import AttributesError
 from storage.index import Index, Patient, Place
 from storage.keysdb import KeysDatabase, StudyKeyRecord
 from storage.packfile import OpenedPack, PackFile, Record, Unreadable
@@ -143,7 +144,11 @@ class Examiner:
                 with PackFile(path) as file:
                     other = open_pack(file, self._keyring, self._keys_db.find(held.pack_id))
                     first = _digest(other.dataset(held.frame))
-        except (OSError, pack.PackError, SealError, KeyringError, AnchorError):
+                    # All that a scrub reads must be good, or a copy that is sent again would not heal it.
+                    other.attributes(held.frame)
+                    if file.read(held.frame.offset, pack.FRAME_BYTES) != held.frame.encode():
+                        raise pack.PackError("the frame is not the one that was admitted")
+        except (OSError, pack.PackError, SealError, AttributesError, KeyringError, AnchorError):
             return Verdict.HEAL, "the one that was held opens no more"
         if first == _digest(opened.dataset(record.frame)):
             return Verdict.AGAIN, "identical content is held"

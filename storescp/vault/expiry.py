@@ -49,9 +49,9 @@ def ending(config: Config, authority: Authority | None, now: datetime) -> Iterat
         seen += 1
         if said := _said(ends, soon, now):
             yield {"kind": "finding", "text": f"{name} {said}"}
-    if closed:
-        yield {"kind": "step", "text": f"closed to the vault, so that the gate's log tells of it: {', '.join(closed)}"}
-    yield {"kind": "step", "text": f"looked at {plural(seen, 'certificate or list', 'certificates and lists')}"}
+    beside = f"; the gate's log tells of what is closed to the vault: {', '.join(closed)}" if closed else ""
+    looked = plural(seen, "certificate or list", "certificates and lists")
+    yield {"kind": "step", "text": f"looked at {looked}{beside}"}
 
 
 def _sources(config: Config, authority: Authority | None, found: peers.Peers) -> Iterator[_Source]:

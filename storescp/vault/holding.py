@@ -1,8 +1,9 @@
 """Holds as the ledger keeps them: who placed which, why, and who released it. A hold wins over every way of deleting.
 
 Each is in the audit chain, too. SQLCipher does not notice when somebody puts an older page of the ledger back, so the
-two are compared before anything is erased, and what the ledger lost is put back.
-Source: docs/retention.md, "Holds".
+two are compared before anything is erased, and what the ledger lost is put back. A chain that was begun anew is told
+all holds that there are.
+Source: docs/holds.md.
 """
 
 from __future__ import annotations
@@ -10,15 +11,25 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from keys.anchors import AnchorError
+from keys.keyring import KeyringError
+from keys.seal import SealError
+from storage import audit
+from storage.attributes import AttributesError
 from storage.audit import AuditError
 from storage.holds import Holds
+from storage.pack import PackError
+from storage.packfile import PackFile, Record
 from storage.records import Records
 from storescp import clock
 from storescp.errors import NOTHING, StrongroomError
+from storescp.vault.examine import open_pack
 from storescp.vault.opened import Open
 from storescp.vault.state import Vault
 
@@ -45,10 +56,14 @@ class Hold(msgspec.Struct):
 
 
 class _Reconciled(msgspec.Struct):
-    """Up to which audit record holds were compared, and which there were then: SHA-256 over their ids, in hex."""
+    """Up to which audit record holds were compared, and which there were then: SHA-256 over their ids, in hex.
+
+    ``hash`` is that record's, in hex: a chain that was begun anew has another one there, or none.
+    """
 
     number: int
     digest: str
+    hash: str = ""
 
 
 class Holding:
@@ -121,18 +136,23 @@ class Holding:
             kept = open_.ledger.records("reconciled", _Reconciled)
             before = kept.get("holds") or _Reconciled(0, _digest([]))
             try:
-                placed, gone, last = self._told(before.number)
+                anew = before.number > 0 and self._hash(before.number) != before.hash
+                placed, gone, last = self._told(0 if anew else before.number)
                 active = {hold.id for hold in _records(open_).all(ACTIVE)}
                 same = _digest((active - placed.keys()) | (gone - placed.keys())) == before.digest
                 if not (same and placed.keys() - gone <= active and not gone & active):
                     # Somebody changed the ledger behind its back, or a crash fell between the two: all from the start.
                     placed, gone, last = self._told(0)
+                    for folder in sorted(self._vault.config.store_path.glob("audit-*")):
+                        self._told_aside(folder, placed, gone)
             except (AuditError, OSError, msgspec.MsgspecError) as error:
                 raise StrongroomError(
                     f"holds cannot be compared with the audit chain: {error}",
                     hint="'strongroom audit verify' says more",
                 ) from error
-            lost = [hold for hold in placed.values() if hold.id not in gone and hold.id not in active]
+            # What the ledger says was released was: a chain that is put aside may be broken before that record.
+            known = {hold.id for hold in _records(open_).all()}
+            lost = [hold for hold in placed.values() if hold.id not in gone | known]
             for hold in lost:
                 log.error("hold %s is in the audit chain and was not in the ledger: it is put back", hold.id)
             if lost:
@@ -142,8 +162,27 @@ class Holding:
             for hold in [h for h in _records(open_).all(ACTIVE) if h.id in gone]:
                 hold.released = hold.released or clock.now()
                 _records(open_).put(hold.id, hold, RELEASED)
-            kept.put("holds", _Reconciled(last, _digest(hold.id for hold in _records(open_).all(ACTIVE))))
+            if anew:
+                last = self.tell_again()
+            now = _digest(hold.id for hold in _records(open_).all(ACTIVE))
+            kept.put("holds", _Reconciled(last, now, self._hash(last)))
             return len(lost)
+
+    def tell_again(self) -> int:
+        """Tell a chain that was begun anew which holds there are; return its last record. Nothing while locked.
+
+        Raises:
+            StrongroomError: It cannot be recorded.
+        """
+        with self._vault.admitting() as open_:
+            for hold in _records(open_).all(ACTIVE) if open_ else ():
+                self._vault.auditor.record(_PLACED, hold=_said(hold), again=True)
+            with self._vault.auditor.standing() as last:
+                return last
+
+    def _hash(self, number: int) -> str:
+        found = audit.hash_of(self._vault.config.store_path / "audit", number) if number else None
+        return found.hex() if found else ""
 
     def _told(self, after: int) -> tuple[dict[str, Hold], set[str], int]:
         """Return the holds that the chain says were placed and released behind a record, and its last record."""
@@ -152,13 +191,26 @@ class Holding:
         with self._vault.auditor.standing() as last:
             pass
         for record in self._vault.auditor.read(after):
-            if record["type"] == _PLACED:
-                hold = msgspec.convert(record["hold"], Hold)
-                placed[hold.id] = hold
-            elif record["type"] == _RELEASED:
-                gone.add(str(record["id"]))
+            _take(record, placed, gone)
             last = max(last, int(record["number"]))
         return placed, gone, last
+
+    def _told_aside(self, folder: Path, placed: dict[str, Hold], gone: set[str]) -> None:
+        """Add what a chain says that was put aside, as far as it can be read."""
+        store_id = bytes.fromhex(self._vault.unlocked().ring.header.store_id)
+        try:
+            for entry in audit.read(folder, store_id, self._vault.auditor.opens):
+                _take(msgspec.json.decode(entry.content), placed, gone)
+        except (AuditError, OSError, msgspec.MsgspecError) as error:
+            log.warning("holds in %s: %s", folder.name, error)
+
+
+def _take(record: dict[str, Any], placed: dict[str, Hold], gone: set[str]) -> None:
+    if record["type"] == _PLACED:
+        hold = msgspec.convert(record["hold"], Hold)
+        placed[hold.id] = hold
+    elif record["type"] == _RELEASED:
+        gone.add(str(record["id"]))
 
 
 def current(open_: Open) -> Holds:
@@ -171,9 +223,29 @@ def current(open_: Open) -> Holds:
 
 
 def held(open_: Open, study: str) -> str:
-    """Return which hold a study is under, in words; empty for none."""
-    patient_id, issuer = open_.index.patient_of(study)
-    return current(open_).on(study, patient_id, issuer)
+    """Return which hold a study is under, in words; empty for none.
+
+    What of it is in quarantine may be about another patient than the study is known to be, or all of it may be there:
+    a hold on that patient counts, too.
+    """
+    holds = current(open_)
+    said = holds.on(study, *open_.index.patient_of(study))
+    return said or next((found for who in _quarantined(open_, study) if (found := holds.on(study, *who))), "")
+
+
+def _quarantined(open_: Open, study: str) -> Iterator[tuple[str, str]]:
+    """Yield Patient ID and issuer of each instance of a study that is in a quarantined pack and opens."""
+    for pack_id in open_.index.packs_of(study):
+        if open_.index.place_of(pack_id) != "quarantine":
+            continue
+        try:
+            with PackFile(open_.archive.quarantine_path(pack_id)) as file:
+                pack = open_pack(file, open_.ring, open_.keys_db.find(pack_id))
+                for found in pack.records(whole=False):
+                    if isinstance(found, Record):
+                        yield found.attributes.text("00100020"), found.attributes.text("00100021")
+        except (OSError, PackError, SealError, AttributesError, KeyringError, AnchorError) as error:
+            log.error("quarantined pack %s does not say whom it is about: %s", pack_id, error)
 
 
 def _records(open_: Open) -> Records[Hold]:

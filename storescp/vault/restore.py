@@ -202,21 +202,29 @@ def _settings(source: Source) -> Settings:
     public = "ed25519:" + encoding.to_base64(source.signing_key).decode()
     store = Store(path="store", anchors="anchors", spool="spool", signing_key=public)
     settings = None
-    whole = source.whole
     with contextlib.suppress(OSError, ValueError):
-        if "settings/strongroom.toml" not in whole:
+        if "settings/strongroom.toml" not in source.whole:
             raise ValueError
         text = (source.generation / "settings/strongroom.toml").read_text("utf-8")
         settings, _ = convert(tomllib.loads(text), Settings)
-    if settings is None:
-        return Settings(store=store)
     kept = Settings(store=store)
+    kept.gate.trust = [f"tls/{name}" for name in _trusted(source).values()]
+    if settings is None:
+        return kept
     # Of the other machine's: what it is called and what it allows; not its places, users, addresses and token.
     kept.store.reserve_bytes, kept.gate.ae_title = settings.store.reserve_bytes, settings.gate.ae_title
     kept.keys.destroy_after_days = settings.keys.destroy_after_days
-    trust = [name.removeprefix(_TRUST) for name in whole if name.startswith(_TRUST)]
-    kept.gate.trust = [f"tls/{name.partition('-')[2]}" for name in trust]
     return kept
+
+
+def _trusted(source: Source) -> dict[str, str]:
+    """Return the trusted authorities' files, each with its name in ``tls/``: two may have had one name."""
+    found: dict[str, str] = {}
+    for name in (name for name in source.whole if name.startswith(_TRUST)):
+        numbered = name.removeprefix(_TRUST)
+        short = numbered.partition("-")[2]
+        found[name] = numbered if short in found.values() else short
+    return found
 
 
 def _lay_out(source: Source, config: Config, total: int, packs: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -239,8 +247,9 @@ def _lay_out(source: Source, config: Config, total: int, packs: Iterable[int]) -
     (config.file.parent / "tls").mkdir(mode=0o755, exist_ok=True)
     chain = [one.name for one in source.manifest.files if one.name.startswith("audit/")]
     audit_whole = set(chain) <= set(source.whole)
+    trusted = _trusted(source)
     for name in ["keys.db", *(name for name in source.whole if name != "keys.db")]:
-        target = _place(config, name)
+        target = _place(config, name, trusted)
         if target is None or target.exists() or (name.startswith("audit/") and not audit_whole):
             continue
         if not target.parent.exists():
@@ -259,15 +268,15 @@ def _lay_out(source: Source, config: Config, total: int, packs: Iterable[int]) -
         encoding.create(config.file, render(config.settings).encode(), mode=0o644)
 
 
-def _place(config: Config, name: str) -> Path | None:
+def _place(config: Config, name: str, trusted: dict[str, str]) -> Path | None:
     """Return where the store has a file of a generation; None for what is made anew."""
     folder, _, rest = name.rpartition("/")
     if folder == "settings/peers.d":
         return config.peers / rest
     if folder == "settings/certificates":
         return config.store_path / "certificates" / rest
-    if name.startswith(_TRUST):
-        return config.file.parent / "tls" / rest.partition("-")[2]
+    if name in trusted:
+        return config.file.parent / "tls" / trusted[name]
     if name.endswith(backup.EXPORT_SUFFIX):
         return config.store_path / "recovery" / rest
     if name == "keys.db" or re.fullmatch(r"ledger-[0-9]+\.db|audit(-[0-9A-Za-z-]+)?/[^/]+", name):

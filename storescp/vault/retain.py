@@ -30,7 +30,9 @@ from storescp.vault.holding import Holding
 from storescp.vault.opened import Open
 from storescp.vault.state import Vault
 
-PENDING, KEPT, ERASED = "pending", "kept", "erased"
+PENDING, KEPT = "pending", "kept"
+# What a run does with a study that is due.
+MARKED, WAITS, ERASED, TAKEN_BACK = "marked", "waits", "erased", "taken back"
 _BATCH = 500
 _PROGRESS = 50
 _REASON = "retention: {}"
@@ -41,7 +43,8 @@ log = logging.getLogger(__name__)
 class Pending(msgspec.Struct):
     """A study that is to be erased: since when it is listed, from which day on it may go; times are RFC 3339.
 
-    ``kept_until``: somebody took it back, and it is not marked again before that day.
+    ``kept_until``: somebody took it back, and it is not marked again before that day. Once a study is erased, nothing
+    here names it.
     """
 
     study: str
@@ -54,7 +57,31 @@ class Pending(msgspec.Struct):
     kept_until: str = ""
     kept_by: int = -1
     kept_reason: str = ""
-    erasure: str = ""
+
+
+class Steps(msgspec.Struct):
+    """What a run does with the studies that are due: how many it marks, lets wait, erases, or leaves to who took them.
+
+    ``marks`` become pending erasure, ``waits`` are and have time left, ``erases`` have none left.
+    """
+
+    marks: int = 0
+    waits: int = 0
+    erases: int = 0
+    taken_back: int = 0
+
+    def count(self, step: str) -> None:
+        """Add a study."""
+        name = {MARKED: "marks", WAITS: "waits", ERASED: "erases", TAKEN_BACK: "taken_back"}[step]
+        setattr(self, name, getattr(self, name) + 1)
+
+
+class _NotDueError(Exception):
+    """A study is not to be erased now; ``kind`` is what becomes of it."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(kind)
+        self.kind = kind
 
 
 class _Seen(msgspec.Struct):
@@ -77,18 +104,36 @@ class Retain:
     def plan(self, on: date | None = None, *, everything: bool = False) -> Iterator[dict[str, Any]]:
         """Yield what would become of studies on a day, and totals at the end; those that are kept only where wanted.
 
+        Of each that is due, ``run`` is what a run does with it: ``marked`` (it becomes pending erasure), ``waits`` (it
+        is, until ``erased_from``), ``erased``, or ``taken back`` (until ``kept_until``).
+
         Raises:
             StrongroomError: The vault is locked.
         """
-        totals = Totals()
-        for outcome in self._outcomes(on or today(), totals):
+        on = on or today()
+        totals, steps = Totals(), Steps()
+        for outcome, step, before in self._steps(on, totals, steps):
             if everything or outcome.verdict.kind not in {Kind.KEPT, Kind.NO_RULE}:
-                yield {"kind": "study", **_said(outcome)}
-        brakes = self._brakes(totals)
-        yield {"kind": "totals", "on": str(on or today()), **msgspec.structs.asdict(totals), "brakes": brakes}
+                yield {"kind": "study", **_said(outcome), "run": step, **_listed(step, before)}
+        said = {**msgspec.structs.asdict(totals), **msgspec.structs.asdict(steps)}
+        yield {"kind": "totals", "on": str(on), **said, "brakes": self._brakes(totals, steps)}
+
+    def _steps(self, on: date, totals: Totals, steps: Steps) -> Iterator[tuple[Outcome, str, Pending | None]]:
+        """Yield what becomes of each study, what a run does with it (empty for one that stays), and what is known."""
+        ledger = self._vault.unlocked().own_ledger()
+        try:
+            known = ledger.records("pending", Pending)
+            for outcome in self._outcomes(on, totals):
+                step, before = "", None
+                if outcome.verdict.kind is Kind.DUE:
+                    before = known.get(outcome.study.uid)
+                    step = _step(before, str(outcome.verdict.due), on)
+                    steps.count(step)
+                yield outcome, step, before
+        finally:
+            ledger.close()
 
     def _outcomes(self, on: date, totals: Totals) -> Iterator[Outcome]:
-        self._vault.unlocked()
         self._vault.admit()
         with self._vault.admitting():
             open_ = self._vault.unlocked()
@@ -104,9 +149,11 @@ class Retain:
         made = min(record.created for record in open_.ring.body.versions)
         return Rules(self._settings, clock.parse(made).date())
 
-    def _brakes(self, totals: Totals) -> list[str]:
+    def _brakes(self, totals: Totals, steps: Steps) -> list[str]:
+        # What is pending already was looked at when it was marked; it is counted again when it goes.
+        going = max(steps.marks, steps.erases)
         with self._vault.admitting():
-            said = [self._clock(self._vault.unlocked().ledger), brake(totals.due, totals.studies, self._settings)]
+            said = [self._clock(self._vault.unlocked().ledger), brake(going, totals.studies, self._settings)]
         return [text for text in said if text]
 
     def _clock(self, ledger: Ledger) -> str:
@@ -129,7 +176,7 @@ class Retain:
     # --- a run
 
     def run(self, uid: int, *, confirm: bool = False) -> Iterator[dict[str, Any]]:
-        """Mark what is due; erase what was marked long enough ago; yield what happens.
+        """Mark what is due; erase what was marked long enough ago, each with a certificate; yield what happens.
 
         Raises:
             StrongroomError: A brake is on, the ledger is damaged, or something cannot be recorded.
@@ -137,21 +184,23 @@ class Retain:
         if not self._settings.rules:
             raise StrongroomError("there is no rule, so nothing is due", hint="[[retention.rules]], docs/retention.md")
         self._intact(uid)
-        totals = Totals()
-        due = 0
-        marks: list[Pending] = []
         on = today()
-        for outcome in self._outcomes(on, totals):
-            if outcome.verdict.kind is Kind.DUE:
-                due += 1
-                marks.append(self._mark(outcome, on))
+        totals, steps = Totals(), Steps()
+        for _ in self._steps(on, totals, steps):
             if totals.studies % 1000 == 0:
                 yield {"kind": "waiting", "text": f"looked at {totals.studies} studies"}
-        self._brake(uid, totals, confirm=confirm)
-        self._vault.auditor.record("retention-run", uid=uid, due=due, studies=totals.studies, confirmed=confirm)
-        new = self._keep(marks)
-        yield {"kind": "step", "text": f"{plural(due, 'study', 'studies')} due, {new} of them newly pending erasure"}
-        yield from self.erase(uid, confirm=confirm)
+        self._brake(uid, totals, steps, confirm=confirm)
+        self._vault.auditor.record(
+            "retention-run", uid=uid, due=totals.due, studies=totals.studies, confirmed=confirm, erases=steps.erases
+        )
+        new = 0
+        if steps.marks:
+            for new in self._marking(on):
+                yield {"kind": "waiting", "text": f"{plural(new, 'study', 'studies')} of {steps.marks} marked"}
+        due = plural(totals.due, "study", "studies")
+        yield {"kind": "step", "text": f"{due} due, {new} of them newly pending erasure"}
+        yield from self._erasing(uid)
+        self._tidy()
 
     def _intact(self, uid: int) -> None:
         """Raise unless the ledger is whole and agrees with the audit chain about holds."""
@@ -165,16 +214,29 @@ class Retain:
         if put_back := Holding(self._vault).reconcile():
             log.error("retention: %d holds were missing in the ledger", put_back)
 
-    def _brake(self, uid: int, totals: Totals, *, confirm: bool) -> None:
-        if stops := self._brakes(totals):
+    def _brake(self, uid: int, totals: Totals, steps: Steps, *, confirm: bool) -> None:
+        if stops := self._brakes(totals, steps):
             if not confirm:
                 raise StrongroomError(
                     "nothing is erased: " + "; ".join(stops),
                     hint="'strongroom retention plan' shows what would go; --confirm says that it is meant",
                 )
             log.warning("retention: confirmed by uid %d: %s", uid, "; ".join(stops))
-            with self._vault.admitting():
-                _see(self._vault.unlocked().ledger)
+        with self._vault.admitting():
+            _see(self._vault.unlocked().ledger)
+
+    def _marking(self, on: date) -> Iterator[int]:
+        """List what is due as pending, some at a time: memory stays flat; yield how many are new so far."""
+        new = 0
+        marks: list[Pending] = []
+        for outcome, step, _ in self._steps(on, Totals(), Steps()):
+            if step == MARKED:
+                marks.append(self._mark(outcome, on))
+            if len(marks) == _BATCH:
+                new += self._keep(marks, on)
+                marks.clear()
+                yield new
+        yield new + self._keep(marks, on)
 
     def _mark(self, outcome: Outcome, on: date) -> Pending:
         ends = Rules(self._settings).grace_ends(on)
@@ -188,43 +250,28 @@ class Retain:
             outcome.study.space,
         )
 
-    def _keep(self, marks: list[Pending]) -> int:
-        """Keep which studies are pending, some at a time; return how many are new."""
-        new = 0
-        for start in range(0, len(marks), _BATCH):
-            with self._vault.admitting():
-                known = _records(self._vault.unlocked())
-                fresh = []
-                for mark in marks[start : start + _BATCH]:
-                    before = known.get(mark.study)
-                    if before is None or before.erasure or (before.kept_until and before.kept_until < str(today())):
-                        fresh.append((mark.study, mark, PENDING))
-                known.put_all(fresh)
-                new += len(fresh)
-        return new
-
-    def erase(self, uid: int, *, confirm: bool = False) -> Iterator[dict[str, Any]]:
-        """Erase what is pending and whose time of grace is over, each with a certificate; yield what happens.
-
-        Raises:
-            StrongroomError: The clock cannot be trusted, the ledger is damaged, or something cannot be recorded.
-        """
-        self._intact(uid)
+    def _keep(self, marks: list[Pending], on: date) -> int:
         with self._vault.admitting():
-            open_ = self._vault.unlocked()
-            if (stop := self._clock(open_.ledger)) and not confirm:
-                raise StrongroomError(
-                    f"nothing is erased: {stop}", hint="'strongroom retention run --confirm' says that it is meant"
-                )
-            waiting = [p for p in _records(open_).all(PENDING) if p.from_day <= str(today())]
+            known = _records(self._vault.unlocked())
+            # As it is now: somebody may have taken one back since it was read.
+            fresh = [mark for mark in marks if _step(known.get(mark.study), mark.due, on) == MARKED]
+            known.put_all((mark.study, mark, PENDING) for mark in fresh)
+            return len(fresh)
+
+    def _erasing(self, uid: int) -> Iterator[dict[str, Any]]:
+        """Erase what is pending and whose time of grace is over; yield what happens."""
+        total = sum(1 for page in self._pages(PENDING) for p in page if p.from_day <= str(today()))
         done = left = 0
-        for number, pending in enumerate(waiting):
-            if number % _PROGRESS == 0:
-                yield {"kind": "progress", "done": number, "total": len(waiting)}
-            if self._erase(uid, pending):
-                done += 1
-            else:
-                left += 1
+        for page in self._pages(PENDING):
+            for pending in page:
+                if pending.from_day > str(today()):
+                    continue
+                if (done + left) % _PROGRESS == 0:
+                    yield {"kind": "progress", "done": done + left, "total": total}
+                if self._erase(uid, pending):
+                    done += 1
+                else:
+                    left += 1
         if done:
             with self._vault.admitting():
                 self._vault.unlocked().index.forget()
@@ -233,29 +280,67 @@ class Retain:
             held = plural(left, "pending study", "pending studies")
             yield {"kind": "step", "text": f"{held} held, blocked or no longer due: not erased"}
 
+    def _pages(self, state: str) -> Iterator[list[Pending]]:
+        """Yield what is pending or was taken back, some at a time; others get their turn between."""
+        after = 0
+        while True:
+            with self._vault.admitting():
+                page = _records(self._vault.unlocked()).page(state, after=after, limit=_BATCH)
+            if not page:
+                return
+            after = page[-1][0]
+            yield [pending for _, pending in page]
+
     def _erase(self, uid: int, pending: Pending) -> bool:
         """Erase a study if it is due now; tell whether it was."""
+        erase = Erase(self._vault)
         with self._vault.admitting():
             open_ = self._vault.unlocked()
-            erase = Erase(self._vault)
+            now = _records(open_).get(pending.study)
+            if now is None or now.kept_until:
+                # Taken back, since the page was read.
+                return False
             before = erase.of_study(pending.study)
-            if before is None or before.erased:
-                facts = next(open_.index.facts(pending.study), None)
-                if facts is None:
-                    # It is gone, by this erasure or another.
-                    _records(open_).put(pending.study, _erased(pending, before.id if before else "-"), ERASED)
-                    return before is not None
-                verdict = retention.assess(facts, self._rules(open_), holding.current(open_), today())
-                if verdict.kind is not Kind.DUE or not open_.all_indexed(pending.study):
-                    if verdict.kind in {Kind.KEPT, Kind.NO_RULE}:
-                        _records(open_).remove(pending.study)
-                    return False
+            if not open_.index.packs_of(pending.study) and (before is None or before.erased):
+                # It is gone, by an erasure that was interrupted or by another.
+                _records(open_).remove(pending.study)
+                return before is not None
+            reason = _REASON.format(pending.rule)
+            events = erase.run(uid, pending.study, reason, check=lambda found: self._must_be_due(found, now))
+            try:
+                # Decided and begun at once: nobody places a hold, and nothing arrives, between the two.
+                next(events)
+            except _NotDueError as error:
+                if error.kind in {Kind.KEPT, Kind.NO_RULE}:
+                    _records(open_).remove(pending.study)
+                return False
         # Outside: what a gate still has open is waited for, and others get their turn.
-        for event in erase.run(uid, pending.study, _REASON.format(pending.rule)):
-            if event["kind"] == "certificate":
-                with self._vault.admitting():
-                    _records(self._vault.unlocked()).put(pending.study, _erased(pending, str(event["id"])), ERASED)
+        for _ in events:
+            pass
+        with self._vault.admitting():
+            _records(self._vault.unlocked()).remove(pending.study)
         return True
+
+    def _must_be_due(self, open_: Open, pending: Pending) -> None:
+        facts = next(open_.index.facts(pending.study), None)
+        if facts is None or not open_.all_indexed(pending.study):
+            raise _NotDueError(Kind.BLOCKED)
+        verdict = retention.assess(facts, self._rules(open_), holding.current(open_), today())
+        if verdict.kind is not Kind.DUE:
+            raise _NotDueError(verdict.kind)
+        if str(verdict.due) > pending.due:
+            # Something came since it was marked, and is due by now too: it gets a time of grace of its own.
+            raise _NotDueError(Kind.KEPT)
+
+    def _tidy(self) -> None:
+        """Let go of what is listed about studies that are gone."""
+        for state in (PENDING, KEPT):
+            for page in self._pages(state):
+                with self._vault.admitting():
+                    open_ = self._vault.unlocked()
+                    gone = [p.study for p in page if not open_.index.packs_of(p.study)]
+                    if gone:
+                        _records(open_).remove(*gone)
 
     # --- what is pending
 
@@ -276,7 +361,7 @@ class Retain:
         with self._vault.admitting():
             open_ = self._vault.unlocked()
             found = _records(open_).get(study)
-            if found is None or found.erasure:
+            if found is None or open_.is_being_erased(study):
                 raise StrongroomError(
                     f"study {study} is not pending erasure", hint="'strongroom retention pending'", status=NOTHING
                 )
@@ -291,8 +376,26 @@ def today() -> date:
     return datetime.now(UTC).date()
 
 
-def _erased(pending: Pending, erasure: str) -> Pending:
-    return msgspec.structs.replace(pending, erasure=erasure)
+def _step(before: Pending | None, due: str, on: date) -> str:
+    """Return what a run on a day does with a study that is due since a day.
+
+    Args:
+        before: What is known of it, if it is pending or was taken back.
+        due: The first day on which it may go; where that is later than it was, something came since.
+        on: The day.
+    """
+    if before is not None and before.kept_until > str(on):
+        return TAKEN_BACK
+    if before is None or before.kept_until or before.due < due:
+        return MARKED
+    return ERASED if before.from_day <= str(on) else WAITS
+
+
+def _listed(step: str, before: Pending | None) -> dict[str, Any]:
+    return {
+        "erased_from": before.from_day if before and step in {WAITS, ERASED} else None,
+        "kept_until": before.kept_until if before and step == TAKEN_BACK else None,
+    }
 
 
 def _said(outcome: Outcome) -> dict[str, Any]:

@@ -21,14 +21,14 @@ import msgspec
 
 from storage.ledger import Ledger
 from storage.sqlite import DatabaseError
-from storescp import clock
-from storescp.cron import Cron, opens, window_of, zone_of
+from storescp.clock import text as written
 from storescp.errors import LOCKED, NOTHING, USAGE, StrongroomError
 from storescp.vault import due
 from storescp.vault.due import JobState, Run
 from storescp.vault.jobs import Event, Job
 from storescp.vault.opened import Open
 from storescp.vault.state import Vault
+from storescp.vault.timetable import Timetable
 
 BY_SCHEDULE = "schedule"
 _HISTORY = 1000
@@ -84,29 +84,22 @@ class Schedule:
             clock: Says what time it is.
             monotonic: Says how many seconds went by.
         """
-        settings = vault.config.settings.schedule
         self._vault = vault
         self._jobs = jobs
         self._clock = clock
         self._monotonic = monotonic
-        self._zone_name, self._zone = settings.timezone, zone_of(settings.timezone)
-        self._window_texts = list(settings.windows)
-        self._windows = [window_of(text) for text in settings.windows]
-        self._expressions: dict[str, str] = {name: getattr(settings, name) for name in jobs}
-        self._crons = {name: Cron(text, self._zone) for name, text in self._expressions.items() if text}
-        self._began = clock()
-        # Of the ledger that was read last; a record is replaced, never changed, so that anybody may look.
-        self._states: dict[str, JobState] = {}
-        self._next: dict[str, datetime] = {}
+        self._latest = clock()
+        self._table = Timetable(vault.config.settings.schedule, jobs, self._latest)
+        # Whose ledger was read last, and whether it has to be read again.
         self._known: Open | None = None
+        self._stale = False
         self._unsaved: list[tuple[JobState, Run]] = []
         self._busy = threading.Lock()
         self._at_work = ""
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._ticked: float | None = None
-        self._tick_time = ""
-        self._latest = self._began
+        # Whoever asks before the first look gets an answer, too: a vault that has just begun does not stand still.
+        self._ticked, self._tick_time = monotonic(), written(self._latest)
         self._quiet_until = 0.0
 
     # --- the admitting thread
@@ -114,7 +107,7 @@ class Schedule:
     def tick(self) -> None:
         """Begin what is due, if nothing is at work; cheap where there is nothing to begin."""
         now = self._clock()
-        self._ticked, self._tick_time = self._monotonic(), clock.text(now)
+        self._ticked, self._tick_time = self._monotonic(), written(now)
         if self._vault.opened is None or self._stopping.is_set() or self._ticked < self._quiet_until:
             return
         try:
@@ -132,7 +125,7 @@ class Schedule:
 
     def _turn(self, now: datetime) -> None:
         self._agree(now)
-        name = "" if self._at_work else self._choose(now)
+        name = "" if self._at_work else self._table.choose(now)
         if not name or not self._busy.acquire(blocking=False):
             return
         try:
@@ -145,37 +138,31 @@ class Schedule:
             self._busy.release()
             raise
 
-    def _choose(self, now: datetime) -> str:
-        """Return the job that waits for longest and may begin; empty where there is none."""
-        may = opens(self._windows, self._zone, now) == now
-        found = [(at, name) for name, at in self._next.items() if at <= now and (may or not self._jobs[name].heavy)]
-        return min(found, key=lambda one: one[0])[1] if found else ""
-
     def _agree(self, now: datetime) -> None:
         """Read what the ledger knows where that may be another than before, and put right what does not fit."""
-        set_back = now < self._latest
+        self._stale |= now < self._latest or bool(self._unsaved)
         self._latest = now
-        if self._vault.opened is self._known and not set_back and not self._unsaved:
+        if self._vault.opened is self._known and not self._stale:
             return
         with self._vault.admitting() as open_:
             if open_ is None:
                 return
             self._save(open_.ledger)
             records = open_.ledger.records("job", JobState)
-            for name, expression in self._expressions.items():
+            for name in self._jobs:
                 before = records.get(name)
-                state = due.agreed(before, name, expression, self._zone_name, now)
+                state = self._table.agreed(name, before, now)
                 if state.running is not None and name != self._at_work:
                     state = self._left(open_.ledger, state, state.running, now)
                 if state != before:
                     records.put(name, state)
-                self._keep(state)
-            self._known = open_
+                self._table.keep(state)
+            self._known, self._stale = open_, False
 
     def _left(self, ledger: Ledger, state: JobState, run: Run, now: datetime) -> JobState:
         """Put a job that was broken off into the history."""
         text = "broken off: the vault was stopped or locked, or ended"
-        run = msgspec.structs.replace(run, ended=clock.text(now), result="failed", text=text)
+        run = msgspec.structs.replace(run, ended=written(now), result="failed", text=text)
         self._tell(run)
         ledger.records("run", Run).put(run.id, run)
         return due.interrupted(state, run)
@@ -187,23 +174,14 @@ class Schedule:
         with self._vault.admitting() as open_:
             if open_ is None:
                 raise StrongroomError("the vault is locked", status=LOCKED)
-            state = self._states[name]
-            cron, base = self._crons.get(name), state.base
-            found = due.due(cron, base, now) if cron else None
-            run = Run(secrets.token_hex(8), name, by, clock.text(now))
-            if found is not None:
-                run = msgspec.structs.replace(run, due=clock.text(found.at), missed=found.missed)
-            state = due.begun(state, run, now)
+            base = self._table.states[name].base
+            state, run = self._table.begun(Run(secrets.token_hex(8), name, by, written(now)), now)
             open_.ledger.records("job", JobState).put(name, state)
-            self._keep(state)
+            self._table.keep(state)
             self._at_work = name
-        if found is not None and cron is not None and (found.missed or self._is_overdue(name, cron, base, now)):
+        if run.missed or self._table.overdue(name, base, now):
             log.warning("job %s was due at %s; with %d later times, it is done once, now", name, run.due, run.missed)
         return run
-
-    def _is_overdue(self, name: str, cron: Cron, first: datetime, now: datetime) -> bool:
-        windows = self._windows if self._jobs[name].heavy else []
-        return due.overdue(cron, windows, self._zone, first, now)
 
     def _work(self, run: Run) -> None:
         with contextlib.suppress(StrongroomError, _StoppedError):
@@ -239,7 +217,7 @@ class Schedule:
             try:
                 self._end(
                     msgspec.structs.replace(
-                        run, ended=clock.text(self._clock()), seconds=seconds, result=result, text=line
+                        run, ended=written(self._clock()), seconds=seconds, result=result, text=line
                     )
                 )
             finally:
@@ -249,13 +227,13 @@ class Schedule:
     def _end(self, run: Run) -> None:
         if not run.result:
             # As it stands in the ledger, it is begun again when that is read the next time.
-            self._at_work, self._known = "", None
+            with self._vault.admitting():
+                self._at_work, self._stale = "", True
             log.info("job %s is broken off", run.job)
             return
-        self._tell(run)
         with self._vault.admitting() as open_:
-            state = due.ended(self._states[run.job], run)
-            self._keep(state)
+            state = due.ended(self._table.states[run.job], run)
+            self._table.keep(state)
             self._at_work = ""
             self._unsaved.append((state, run))
             if open_ is not None:
@@ -263,6 +241,7 @@ class Schedule:
                     self._save(open_.ledger)
                 except (DatabaseError, OSError) as error:
                     log.error("how job %s ended is not kept yet: %s", run.job, error)
+        self._tell(run)
 
     def _tell(self, run: Run) -> None:
         self._vault.auditor.tell(
@@ -276,16 +255,6 @@ class Schedule:
         )
         level = logging.INFO if run.result == "ok" else logging.WARNING
         log.log(level, "job %s: %s%s", run.job, run.result, f": {run.text}" if run.text else "")
-
-    def _keep(self, state: JobState) -> None:
-        """Keep a record in memory, with when its job is due."""
-        self._states[state.job] = state
-        cron = self._crons.get(state.job)
-        following = cron.after(state.base) if cron else None
-        if following is None:
-            self._next.pop(state.job, None)
-        else:
-            self._next[state.job] = following
 
     def _save(self, ledger: Ledger) -> None:
         """Put what ended into the ledger, and what is too old out of it."""
@@ -329,45 +298,11 @@ class Schedule:
 
     def view(self) -> dict[str, Any]:
         """Return what is known of the jobs, locked or not, without waiting for anybody."""
-        now, opened, locked = self._clock(), self._vault.opened, self._vault.opened is None
-        states = self._states if self._known is not None or opened is None else _read(opened)
-        ticked = self._ticked
-        return {
-            "format": 1,
-            "time": clock.text(now),
-            "timezone": self._zone_name,
-            "windows": self._window_texts,
-            "locked": locked,
+        now, opened = self._clock(), self._vault.opened
+        states = self._table.states if self._known is not None or opened is None else _read(opened)
+        return self._table.view(states, now, self._at_work, locked=opened is None) | {
             "ticked": self._tick_time,
-            "ticked_seconds": None if ticked is None else round(self._monotonic() - ticked, 1),
-            "at_work": self._at_work,
-            "items": [self._item(name, states.get(name), now, locked=locked) for name in self._jobs],
-        }
-
-    def _item(self, name: str, state: JobState | None, now: datetime, *, locked: bool) -> dict[str, Any]:
-        job, cron, windows = self._jobs[name], self._crons.get(name), self._windows
-        base = state.base if state else self._began
-        following = cron.after(base) if cron else None
-        may = opens(windows, self._zone, max(following, now)) if following and job.heavy else following
-        waits = ""
-        if following is not None and following <= now and name != self._at_work:
-            if locked:
-                waits = "the vault is locked"
-            elif may is not None and may > now:
-                waits = f"a maintenance window, at {clock.text(may)}"
-            elif self._at_work:
-                waits = f"job {self._at_work}"
-        last = state.last if state else None
-        return {
-            "job": name,
-            "explained": job.explained,
-            "heavy": job.heavy,
-            "expression": self._expressions[name],
-            "next": clock.text(following) if following else "",
-            "waits_for": waits,
-            "overdue": cron is not None and name != self._at_work and self._is_overdue(name, cron, base, now),
-            "running": name == self._at_work,
-            "last": msgspec.to_builtins(last) if last else None,
+            "ticked_seconds": round(self._monotonic() - self._ticked, 1),
         }
 
     def history(self) -> list[Run]:

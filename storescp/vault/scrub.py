@@ -29,7 +29,7 @@ _POSITION = "position"
 
 
 class Position(msgspec.Struct):
-    """How far the scrub is: behind which pack, since when it goes round, when it last ran, and when it last was round."""
+    """How far the scrub is: behind which pack, since when it goes round, when it last ran and last was round."""
 
     after: str = ""
     round_began: str = ""
@@ -39,7 +39,10 @@ class Position(msgspec.Struct):
 
 
 class Damage(msgspec.Struct):
-    """A pack that is damaged or missing, with its instances by study and sender; ``healed`` says when and how."""
+    """A pack that is damaged or missing, with its instances by study and sender; ``healed`` says when and how.
+
+    Once a pack was erased or discarded, nothing here names what was in it.
+    """
 
     pack: str
     what: str
@@ -76,20 +79,21 @@ class Scrub:
                     if damage is not None:
                         found += 1
                         self._keep(open_, damage)
-                        yield {"kind": "finding", **msgspec.to_builtins(damage)}
+                        text = f"pack {damage.pack} is {damage.what}: {damage.reason}"
+                        yield {"kind": "finding", "text": text, **msgspec.to_builtins(damage)}
                     read += max(size, record.place.length)
                     packs += 1
                     position.after = record.pack_id
                     position.packs += 1
-                    if read >= budget:
+                    if read >= budget and not whole:
                         break
                     if self._settings.rate:
                         time.sleep(max(0.0, read / self._settings.rate / 1e6 - (time.monotonic() - began)))
                 self._remember(open_, position)
-                yield {"kind": "progress", "done": read, "total": budget}
-                if read >= budget:
+                yield {"kind": "progress", "done": min(read, budget), "total": budget}
+                if read >= budget and not whole:
                     break
-            else:
+            if not reader.keys_db.records(after=position.after, limit=1):
                 position.after, position.last_round, position.packs = "", clock.now(), 0
         position.last_run = clock.now()
         self._remember(open_, position)
@@ -106,7 +110,7 @@ class Scrub:
         if whole or not position.after:
             position.after, position.round_began, position.packs = "", clock.now(), 0
         if whole:
-            return position, size + 1, packs
+            return position, max(1, size), packs
         since = timedelta(days=1)
         if position.last_run:
             since = max(since, clock.parse(clock.now()) - clock.parse(position.last_run))
@@ -135,10 +139,10 @@ class Scrub:
             with open_.reader() as reader:
                 record = reader.keys_db.find(damage.pack)
                 if record is None:
-                    healed = "it was erased or discarded"
-                elif _look(open_, reader, record)[1] is None:
+                    healed, damage.objects = "it was erased or discarded", []
+                elif not check(open_, reader, record)[2]:
                     healed = "it opens again"
-                elif all(row["state"] != "held" for row in reader.index.rows_of(damage.pack)):
+                elif _is_replaced(reader, damage.pack, damage.objects):
                     healed = "good copies came"
                 else:
                     continue
@@ -177,7 +181,15 @@ def _look(open_: Open, reader: Reader, record: StudyKeyRecord) -> tuple[int, Dam
     if reader.keys_db.find(record.pack_id) is None:
         # Erased or moved meanwhile.
         return size, None
+    if _is_replaced(reader, record.pack_id, finding["objects"]):
+        # It was told, and nothing is missing any more.
+        return size, None
     return size, Damage(record.pack_id, finding["what"], finding["reason"], clock.now(), finding["objects"])
+
+
+def _is_replaced(reader: Reader, pack_id: str, objects: list[dict[str, Any]]) -> bool:
+    """Tell whether a good copy of each instance is held that a damaged pack cannot give any more."""
+    return bool(objects) and all(reader.index.held(row["sop"], besides=pack_id) for row in objects)
 
 
 def _records(open_: Open) -> Records[Damage]:

@@ -47,9 +47,12 @@ def verify(opened: Open, *, rate: float) -> Iterator[dict[str, Any]]:
                 # Discarded or erased since the list was made.
                 continue
             size, count, finding = check(opened, reader, record)
-            if finding and reader.keys_db.find(pack_id) is None:
-                # Discarded, erased or under another name since it was looked up.
-                continue
+            if finding:
+                if reader.keys_db.find(pack_id) is None or _is_moving(opened, pack_id):
+                    # Discarded, erased or under another name since it was looked up, or just now.
+                    continue
+                # What has come into another pack's place meanwhile is there now.
+                size, count, finding = check(opened, reader, record)
             read += size
             records += count
             if finding:
@@ -58,11 +61,22 @@ def verify(opened: Open, *, rate: float) -> Iterator[dict[str, Any]]:
                 time.sleep(max(0.0, read / rate - (time.monotonic() - began)))
         known = set(packs)
         for path in opened.archive.packs():
-            if path.name not in known and reader.keys_db.find(path.name) is None:
+            unknown = path.name not in known and reader.keys_db.find(path.name) is None
+            # In this order: a pack that another one comes into the place of is unlinked before that is settled.
+            if unknown and not _is_moving(opened, path.name) and path.exists():
                 reason = "no key record: nothing opens it"
                 yield {"kind": "finding", "what": "orphaned", "pack": path.name, "reason": reason, "objects": []}
         waiting = len(opened.archive.deposits())
     yield {"kind": "end", "packs": len(packs), "records": records, "bytes": read, "waiting": waiting}
+
+
+def _is_moving(opened: Open, pack_id: str) -> bool:
+    """Tell whether a pack is getting another name and study key just now, or is the one that gets its place."""
+    ledger = opened.own_ledger()
+    try:
+        return any(pack_id in {move.old, move.new} for move in ledger.unsettled())
+    finally:
+        ledger.close()
 
 
 def check(opened: Open, reader: Reader, record: StudyKeyRecord) -> tuple[int, int, dict[str, Any]]:

@@ -72,12 +72,27 @@ def traced(server: Server, folder: Path, call: str, when: int) -> tuple[int, str
     return done.returncode, output.read_text()
 
 
-def points(trace: str) -> list[tuple[str, int]]:
-    """Return the points between begin and end: a call, and which one of it since the process began."""
-    before, during = trace.split("/begin-of-the-backup")
-    during = during.split("/end-of-the-backup")[0].rpartition("\n")[0]
-    found = [Counter(re.findall(r"^\d+ +(\w+)\(", part, re.MULTILINE)) for part in (before, during)]
-    return [(call, found[0][call] + n) for call in sorted(found[1]) for n in range(1, found[1][call] + 1)]
+def points(trace: str) -> tuple[list[tuple[str, int]], int]:
+    """Return the points between begin and end in their order, and which of them gives the generation its name.
+
+    A point is a call, and which one of it since the process began.
+    """
+    counts: Counter[str] = Counter()
+    found, named, begun = [], 0, False
+    for line in trace.splitlines():
+        called = re.match(r"\d+ +(\w+)\((.*)", line)
+        if called is None:
+            continue
+        counts[called[1]] += 1
+        if "/end-of-the-backup" in line:
+            break
+        if begun:
+            if called[1] == "rename" and re.search(r'\.making", "[^"]*Z-[0-9a-f]{8}"', line):
+                named = len(found)
+            found.append((called[1], counts[called[1]]))
+        begun = begun or "/begin-of-the-backup" in line
+    assert named
+    return found, named
 
 
 @pytest.mark.timeout(3600 if ALL else 180)
@@ -126,14 +141,16 @@ def test_a_backup_killed_before_any_step_harms_none_and_the_next_one_is_whole(
 
     status, trace = run("", 0)
     assert status == 0, trace
-    every = points(trace)
-    assert {call for call, _ in every} >= {"mkdir", "rename", "write", "fsync", "pwrite64"}
-    print(f"{scenario}: {len(every)} points: {dict(Counter(call for call, _ in every))}")
+    every, named = points(trace)
+    counts = Counter(call for call, _ in every)
+    assert counts.keys() >= {"mkdir", "rename", "write", "fsync", "pwrite64"}
+    print(f"{scenario}: {len(every)} points: {dict(counts)}")
     if not ALL:
-        # Names are the steps; of the rest there is much more.
+        # Around the one step that counts; and of the others those that make or remove names.
         chance = random.Random(f"{SEED} {scenario}")
-        steps = [point for point in every if point[0] in {"mkdir", "rename", "unlink", "unlinkat", "rmdir"}]
-        every = [*chance.sample(steps, 4), *chance.sample([point for point in every if point not in steps], 2)]
+        near = every[named - 1 : named + 2]
+        steps = [p for p in every if p[0] in {"mkdir", "rename", "unlink", "unlinkat", "rmdir"} and p not in near]
+        every = [*near, *chance.sample(steps, 3)]
     for call, when in every:
         at = (scenario, call, when)
         assert run(call, when)[0] == -9, at

@@ -10,6 +10,7 @@ import msgspec
 from storescp.control import Request, Response, json_response, lines_response
 from storescp.errors import StrongroomError
 from storescp.vault.api.requests import Routes
+from storescp.vault.holding import Holding
 from storescp.vault.state import Vault
 
 
@@ -79,4 +80,8 @@ class Audit:
         asked: RestartRequest = request.json(RestartRequest)
         if not asked.reason.strip():
             raise StrongroomError("a new chain needs a reason")
-        return json_response({"aside": str(self._auditor.restart(request.uid, asked.reason))})
+        with self._vault.admitting():
+            aside = self._auditor.restart(request.uid, asked.reason)
+            # The ledger is compared with the chain about them, and the new one knows none.
+            Holding(self._vault).tell_again()
+        return json_response({"aside": str(aside)})

@@ -138,11 +138,12 @@ class Store:
             try:
                 file, content = _open_instance(opened, reader, place)
             except StrongroomError:
-                # A pack under a new study key may have come into its place since it was found.
-                moved = reader.index.at(found[1], bytes.fromhex(found[2]))
-                if moved is None or moved.pack_id == place.pack_id:
-                    raise
-                file, content = _open_instance(opened, reader, moved)
+                # A pack under a new study key may be coming into its place: once that is done, it is there or not.
+                with self._vault.admitting():
+                    moved = reader.index.at(found[1], bytes.fromhex(found[2]))
+                    if moved is None or moved.pack_id == place.pack_id:
+                        raise
+                    file, content = _open_instance(opened, reader, moved)
         # Its length is known, but chunks can end with the word that they are not whole.
         return Response(_reading(file, content))
 

@@ -394,3 +394,57 @@ def test_no_file_of_an_index_holds_a_name_or_uid_in_clear(filled: Filled) -> Non
 )
 def test_text_is_folded_for_comparison(text: str, folded: str) -> None:
     assert fold(text) == folded
+
+
+# --- packs that get another name
+
+
+def described(index: Index, table: str) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in index._db.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()]
+
+
+def test_a_pack_that_moves_takes_states_reasons_and_unreadable_places_along(filled: Filled) -> None:
+    filled.add("1.1.1", study="1.1", pack="old")
+    filled.add("1.1.2", study="1.1", pack="old", state="replaced")
+    filled.add("1.1.3", study="1.1", pack="other")
+    filled.admit("old", 7)
+    filled.index.set_state("old", 2 * PAGE, "quarantined", "a reason")
+    filled.index.note_unreadable("old", 9 * PAGE, "it does not open", "2026-01-31T10:00:00Z")
+    before = [row[2:] for row in described(filled.index, "instance")]
+    studies = described(filled.index, "study"), described(filled.index, "series")
+    filled.index.move("old", "new", 5 * PAGE)
+    assert [row[2:] for row in described(filled.index, "instance")] == before
+    assert sorted(row[1] for row in described(filled.index, "instance")) == ["new", "new", "other"]
+    assert [row[:2] for row in described(filled.index, "unreadable")] == [("new", 9 * PAGE)]
+    assert ("new", "objects", "1.1", 7, 5 * PAGE, 5 * PAGE) in described(filled.index, "pack")
+    assert filled.index.archived_packs() == {"new"}
+    assert (described(filled.index, "study"), described(filled.index, "series")) == studies
+    # Once more, and for a pack that nobody knows: nothing happens.
+    for name in ("old", "unknown"):
+        filled.index.move(name, "another", PAGE)
+    assert sorted(row[1] for row in described(filled.index, "instance")) == ["new", "new", "other"]
+
+
+def test_an_object_is_found_under_every_name_that_its_pack_had(filled: Filled) -> None:
+    filled.add("1.1.1", study="1.1", pack="one")
+    filled.admit("one", 1)
+    object_id = (1).to_bytes(16, "big")
+    for old, new in (("one", "two"), ("two", "three")):
+        filled.index.move(old, new, PAGE)
+    found = [filled.index.at(name, object_id) for name in ("one", "two", "three")]
+    assert {place.pack_id for place in found if place is not None} == {"three"}
+    assert None not in found
+    assert filled.index.at("one", bytes(16)) is None
+    assert filled.index.at("another", object_id) is None
+    # Filling anew leaves the names; what is gone is not found by an old one.
+    filled.index.begin_anew()
+    assert filled.index.at("one", object_id) is None
+
+
+def test_what_somebody_filed_under_the_new_name_in_between_counts_less(filled: Filled) -> None:
+    filled.add("1.1.1", study="1.1", pack="old", state="replaced")
+    filled.admit("old", 1)
+    filled.add("1.1.1", study="1.1", pack="new", state="held")
+    filled.admit("new", 1)
+    filled.index.move("old", "new", PAGE)
+    assert [(row[1], row[6]) for row in described(filled.index, "instance")] == [("new", "replaced")]

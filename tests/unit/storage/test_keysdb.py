@@ -126,3 +126,54 @@ def test_a_snapshot_is_of_one_state_and_hinders_no_writer(path: Path, db: KeysDa
     assert db.versions() == {1: 3, 2: 1}
     assert db.rewrap([(made[1], 2, b"new")]) == 1
     other.close()
+
+
+# --- records of other packs in the place of some
+
+
+def other(old: StudyKeyRecord, number: int) -> StudyKeyRecord:
+    """Return the record of a pack that stands in another one's place."""
+    place = old.place
+    pack_id = number.to_bytes(16, "big")
+    moved = StudyKeyPlace(pack_id, pack_id, place.study_tag, place.length, place.frames_digest, place.admission)
+    return StudyKeyRecord(moved, old.version, CHANCE.randbytes(104))
+
+
+def test_records_are_exchanged_all_at_once_and_keep_their_numbers(db: KeysDatabase) -> None:
+    made = fill(db, 4)
+    new = [other(made[1], 0xA1), other(made[2], 0x01A2)]
+    number = db.next_admission()
+    assert db.exchange([(made[1], new[0]), (made[2], new[1])])
+    assert db.packs() == [made[0].pack_id, new[0].pack_id, new[1].pack_id, made[3].pack_id]
+    assert [db.find(one.pack_id) for one in (*new, made[1], made[2])] == [*new, None, None]
+    # A number does not come again because of it, nor is one given away.
+    assert db.next_admission() == number
+
+
+def test_nothing_is_exchanged_where_one_record_is_not_as_it_was(db: KeysDatabase) -> None:
+    made = fill(db, 3)
+    changed = StudyKeyRecord(record(2).place, 1, made[1].sealed)
+    for wrong in (changed, record(9)):
+        assert not db.exchange([(made[0], other(made[0], 0xA1)), (wrong, other(made[1], 0xA2))])
+        assert db.records() == made
+    # Nor where a new one cannot be added.
+    with pytest.raises(DatabaseError):
+        db.exchange([(made[0], other(made[0], 2))])
+    assert db.records() == made
+
+
+def test_a_record_that_was_rewrapped_meanwhile_is_still_the_one(db: KeysDatabase) -> None:
+    [made] = fill(db, 1)
+    assert db.rewrap([(made, 2, bytes(104))]) == 1
+    assert db.exchange([(made, other(made, 0xA1))])
+    assert db.count() == 1
+
+
+def test_records_are_chosen_by_study_version_or_all_in_the_order_of_their_admission(db: KeysDatabase) -> None:
+    made = fill(db, 4)
+    db.rewrap([(made[2], 2, bytes(104))])
+    assert db.chosen() == [one.pack_id for one in made]
+    assert db.chosen(version=2) == [made[2].pack_id]
+    assert db.chosen(version=3) == []
+    assert db.chosen(tag=made[1].place.study_tag) == [made[1].pack_id]
+    assert db.of_key(made[3].place.key_id) == [made[3]]

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from storage.retentionrules import Rule
 from storescp import config
 from storescp.config import EXPLAINED, Config, ConfigError, Settings
 from storescp.errors import USAGE
@@ -34,7 +35,8 @@ def made(**changes: Any) -> Settings:
 def keys(kind: type[Any] = Settings, prefix: str = "") -> Iterator[str]:
     for field in msgspec.structs.fields(kind):
         yield prefix + field.name
-        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+        # A table inside a section is explained as a whole.
+        if not prefix and isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             yield from keys(field.type, f"{field.name}.")
 
 
@@ -63,9 +65,16 @@ def test_every_setting_and_section_is_explained_and_nothing_else() -> None:
     assert all(text.strip() == text and len(max(text.split("\n"), key=len)) <= 118 for text in EXPLAINED.values())
 
 
+def test_rules_can_be_written_behind_what_is_rendered(tmp_path: Path) -> None:
+    behind = '[[retention.rules]]\nname = "all"\nkeep = "P10Y"\n'
+    assert load(tmp_path, config.render(made()) + behind).settings.retention.rules == [Rule(name="all", keep="P10Y")]
+
+
 def test_what_is_rendered_is_every_setting_with_its_explanation_before_it() -> None:
-    lines = config.render(made()).splitlines()
-    assert tomllib.loads("\n".join(lines)) == msgspec.to_builtins(made())
+    whole = made()
+    whole.retention.rules = [Rule(name="all", keep="P10Y", modalities=["CT"])]
+    lines = config.render(whole).splitlines()
+    assert tomllib.loads("\n".join(lines)) == msgspec.to_builtins(whole)
     for key, text in EXPLAINED.items():
         section, _, name = key.rpartition(".")
         place = next(

@@ -15,7 +15,8 @@ import pki
 import pytest
 
 from storescp.errands import fetch
-from storescp.errands.fetch import FetchError
+from storescp.errands.download import Client, FetchError
+from storescp.errors import StrongroomError
 from storescp.patch.folder import Folder, Manifest, Origin, load
 from storescp.patch.settings import PatchAge
 
@@ -89,7 +90,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 def download(site: Site, target: Path, known: Origin | None = None, most: int = 1 << 20) -> Origin | None:
-    return fetch.Client(site.context).download(f"{site.url}/a", target, known, most)
+    return Client(site.context).download(f"{site.url}/a", target, known, most)
 
 
 def test_a_file_arrives_whole_with_its_digest_and_is_not_fetched_twice(site: Site, tmp_path: Path) -> None:
@@ -143,27 +144,27 @@ def test_nothing_but_https_is_followed(site: Site, tmp_path: Path, place: str) -
     with pytest.raises(FetchError):
         download(site, tmp_path / "a")
     with pytest.raises(FetchError, match="no URL that begins with https"):
-        fetch.Client(site.context).download(place, tmp_path / "a", None, 100)
+        Client(site.context).download(place, tmp_path / "a", None, 100)
     assert len(site.asked) == 1
 
 
 def test_a_server_that_nobody_vouches_for_is_refused(site: Site, tmp_path: Path) -> None:
     with pytest.raises(FetchError, match="certificate"):
-        fetch.Client().download(f"{site.url}/a", tmp_path / "a", None, 100)
+        Client().download(f"{site.url}/a", tmp_path / "a", None, 100)
 
 
 def test_a_server_that_is_not_there_and_one_that_refuses_are_told_apart(site: Site, tmp_path: Path) -> None:
     with pytest.raises(FetchError, match="answers 404"):
-        fetch.Client(site.context).download(f"{site.url}/b", tmp_path / "b", None, 100)
+        Client(site.context).download(f"{site.url}/b", tmp_path / "b", None, 100)
     with pytest.raises(FetchError, match="cannot be reached"):
-        fetch.Client(site.context).download("https://localhost:1/b", tmp_path / "b", None, 100)
+        Client(site.context).download("https://localhost:1/b", tmp_path / "b", None, 100)
 
 
 def test_exports_and_answers_are_handed_over_with_their_origins(site: Site, tmp_path: Path) -> None:
     folder = Folder(tmp_path / "patch")
     settings = PatchAge(osv=f"{site.url}/osv/", index=f"{site.url}/simple/", ecosystems=["PyPI", "GIT"])
     site.pages |= {"/osv/PyPI/all.zip": CONTENT, "/simple/planted/": json.dumps({"name": "planted"}).encode()}
-    client = fetch.Client(site.context)
+    client = Client(site.context)
 
     def run() -> dict[str, str]:
         found = [
@@ -187,12 +188,15 @@ def test_exports_and_answers_are_handed_over_with_their_origins(site: Site, tmp_
     folder.feeds("PyPI")[0].write_bytes(b"x")
     folder.answer("planted").write_bytes(b"x")
     assert run() == expected
+    for file in (folder.feeds("PyPI")[0].with_suffix(".json"), folder.manifest):
+        file.write_bytes(b"{")
+    assert run() == expected
 
 
 def test_two_do_not_fetch_at_once(tmp_path: Path) -> None:
     with (
         fetch.alone(Folder(tmp_path)),
-        pytest.raises(fetch.StrongroomError, match="another process"),
+        pytest.raises(StrongroomError, match="another process"),
         fetch.alone(Folder(tmp_path)),
     ):
         pass

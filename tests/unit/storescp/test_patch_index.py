@@ -65,17 +65,36 @@ def test_a_release_is_as_old_as_its_first_file_and_yanked_ones_are_none() -> Non
     ]
 
 
-def test_newer_releases_are_final_ones_that_this_python_can_use() -> None:
+def test_newer_releases_are_final_ones_unless_this_is_none() -> None:
     found = index.parse(
-        answer(
-            *(file(f"planted_one-{v}.tar.gz") for v in ("1.0", "1.1rc1", "1.1", "1.2.dev1")),
-            file("planted_one-2.0.tar.gz", **{"requires-python": ">=3.12"}),
-        ),
-        "planted-one",
+        answer(*(file(f"planted_one-{v}.tar.gz") for v in ("1.0", "1.1rc1", "1.1", "1.2.dev1"))), "planted-one"
     )
-    assert [r.version for r in index.newer(found, "1.0", "3.11.2")] == ["1.1"]
-    assert [r.version for r in index.newer(found, "1.0", "3.12.0")] == ["1.1", "2.0"]
-    assert [r.version for r in index.newer(found, "1.1rc1", "3.11.2")] == ["1.1", "1.2.dev1"]
+    assert [r.version for r in index.newer(found, "1.0")] == ["1.1"]
+    assert [r.version for r in index.newer(found, "1.1rc1")] == ["1.1", "1.2.dev1"]
+
+
+@pytest.mark.parametrize(
+    ("files", "requirement", "usable"),
+    [
+        (["planted_one-1.0.tar.gz"], "", True),
+        (["planted_one-1.0.tar.gz"], ">=3.12", False),
+        (["planted_one-1.0-py3-none-any.whl"], "", True),
+        (["planted_one-1.0-py2.py3-none-any.whl"], ">=3.9", True),
+        (["planted_one-1.0-py2-none-any.whl"], "", False),
+        (["planted_one-1.0-cp312-cp312-manylinux_2_17_x86_64.whl"], "", False),
+        (["planted_one-1.0-cp312-cp312-manylinux_2_17_x86_64.whl", "planted_one-1.0.zip"], "", True),
+        (["planted_one-1.0-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl"], "", True),
+        (["planted_one-1.0-cp39-abi3-manylinux_2_34_x86_64.whl"], "", True),
+        (["planted_one-1.0-cp312-abi3-manylinux_2_34_x86_64.whl"], "", False),
+        (["planted_one-1.0-cp311-cp311-win_amd64.whl"], "", False),
+        (["planted_one-1.0-cp310-cp310-linux_x86_64.whl", "planted_one-1.0-cp311-cp311-linux_x86_64.whl"], "", True),
+    ],
+)
+def test_a_release_is_usable_by_its_requirement_and_by_one_of_its_files(
+    files: list[str], requirement: str, usable: bool
+) -> None:
+    found = index.parse(answer(*(file(name, **{"requires-python": requirement}) for name in files)), "planted-one")
+    assert index.usable(found.releases[0], "3.11.2") == usable
 
 
 @pytest.mark.parametrize(
@@ -100,7 +119,7 @@ def test_what_is_no_answer_about_the_package_is_the_one_error(content: bytes) ->
         st.binary(max_size=300),
         st.lists(
             st.fixed_dictionaries(
-                {"filename": st.text(max_size=30).map(lambda t: f"p-{t}.zip")},
+                {"filename": st.text(alphabet="-p.cy13abinonelux", max_size=30).map(lambda t: f"p-1-{t}.whl")},
                 optional={
                     "upload-time": st.text(max_size=25),
                     "yanked": st.booleans() | st.text(max_size=3),
@@ -117,4 +136,5 @@ def test_any_bytes_are_an_answer_or_the_one_error(content: bytes) -> None:
     except AnswerError:
         return
     assert [r.key for r in found.releases] == sorted(r.key for r in found.releases)
-    index.newer(found, "1.0", "3.11.2")
+    for release in index.newer(found, "1.0"):
+        index.usable(release, "3.11.2")

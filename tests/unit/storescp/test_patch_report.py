@@ -62,7 +62,7 @@ def feed(*records: osv.Record, date: datetime = YESTERDAY, ecosystem: str = "PyP
 def project(**uploaded: float) -> index.Project:
     """Make an answer: v1_0=30 was uploaded 30 days ago."""
     found = [(name[1:].replace("_", "."), ago(days)) for name, days in uploaded.items()]
-    return index.Project("planted", tuple(index.Release(v, versions.python(v), date, "") for v, date in found))
+    return index.Project("planted", tuple(index.Release(v, versions.python(v), date) for v, date in found))
 
 
 def machine(
@@ -178,6 +178,14 @@ def test_without_usable_evidence_a_package_is_unknown(
     item = one(judged(feeds=feeds, answer=answer, asked=ago(asked)), "python")
     assert (item.state, item.source) == (state, source)
     assert item.reason
+
+
+def test_a_newer_release_that_this_python_cannot_use_is_no_update_and_without_advisories_unknown() -> None:
+    later = index.Release("2.0", versions.python("2.0"), ago(9), ">=3.12")
+    answer = project(v1_0=30)._replace(releases=(*project(v1_0=30).releases, later))
+    assert one(judged(answer=answer), "python").state == "ok"
+    item = one(judged(feeds={"PyPI": "cannot be reached"}, answer=answer), "python")
+    assert (item.state, "2.0 may hold a fix" in item.reason) == ("unknown", True)
 
 
 def test_a_newer_release_that_no_advisory_asks_for_has_limits_of_its_own() -> None:

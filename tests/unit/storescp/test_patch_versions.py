@@ -57,6 +57,7 @@ def test_a_text_is_a_python_version_where_packaging_takes_it_and_no_other(text: 
         versions.python(text)
 
 
+@pytest.mark.needs("dpkg")
 def test_debian_versions_stand_in_the_order_of_dpkg() -> None:
     lines = []
     for one, other in itertools.combinations(DEBIAN, 2):
