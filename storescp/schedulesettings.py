@@ -24,6 +24,9 @@ class ScheduleSettings(msgspec.Struct, kw_only=True):
     backup: str = ""
     checkpoint: str = "0 0 * * *"
     expiry: str = "0 6 * * *"
+    retention: str = ""
+    scrub: str = "30 2 * * *"
+    patch: str = "0 7 * * *"
     backup_folder: str = ""
     backup_keep: int = 0
 
@@ -32,7 +35,7 @@ EXPLAINED = {
     "schedule": "When the vault does what 'strongroom jobs list' lists. Each is a cron expression (minute, hour, day,\n"
     "month, weekday by its name) or empty for never: docs/schedule.md.",
     "schedule.timezone": "The zone of all times here, by its IANA name, as in Europe/Berlin.",
-    "schedule.windows": "Heavy jobs (erase, rotate, backup) begin within these only, if any is given:\n"
+    "schedule.windows": "Heavy jobs (erase, rotate, backup, retention, scrub) begin within these only, if any is given:\n"
     'windows = ["sat,sun 01:00-06:00", "mon-fri 22:00-05:00"]. Whatever was begun is finished.',
     "schedule.erase": "Go on with erasures that wait, and sign certificates that are final.",
     "schedule.rotate": "A new key version: as 'strongroom keys rotate'. Quarterly: \"0 3 1 1,4,7,10 *\".",
@@ -40,6 +43,9 @@ EXPLAINED = {
     "schedule.backup": "A backup into backup_folder: as 'strongroom backup'.",
     "schedule.checkpoint": "A record in the audit chain that says how far it has come, signed.",
     "schedule.expiry": "Look which certificates and revocation lists end soon.",
+    "schedule.retention": "What the rules in [retention] say: as 'strongroom retention run'.",
+    "schedule.scrub": "The next part of the packs is read and opened: as 'strongroom scrub run'.",
+    "schedule.patch": "How old the oldest unapplied fix is: as 'strongroom patch report'.",
     "schedule.backup_folder": "Where backups go: an absolute path that the vault may write.",
     "schedule.backup_keep": "How many backups stay there; 0 for all.",
 }

@@ -8,16 +8,19 @@ from collections.abc import Callable
 
 from keys import keyring
 from keys.keyring import KeyringError
-from storescp import space
+from storescp import clock, space
 from storescp.alerts import Alert, Alerts
 from storescp.config import Config
 from storescp.vault.api.quarantine import items
 from storescp.vault.api.status import total_loss
 from storescp.vault.due import JobState
 from storescp.vault.opened import Open
+from storescp.vault.scrub import damaged
 from storescp.vault.state import Vault
 
 _LOOK_SECONDS = 60.0
+# Since a copy of a backup off this machine was last confirmed.
+_BACKUP_DAYS = 35
 # How a job ended, as far as somebody has to act: something that it needs is missing, too.
 _FAILED, _FINDINGS = frozenset({"failed", "refused"}), frozenset({"findings"})
 
@@ -27,15 +30,15 @@ log = logging.getLogger(__name__)
 class Alarms:
     """Looks once a minute, and repeats in the log what still stands; who sends alerts repeats for itself."""
 
-    def __init__(self, vault: Vault, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, vault: Vault, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._vault = vault
-        self._clock = clock
+        self._monotonic = monotonic
         self._looked: float | None = None
         self._said: dict[str, float] = {}
 
     def turn(self) -> None:
         """Look, if it is time. Nothing that goes wrong here keeps the vault from its work."""
-        now = self._clock()
+        now = self._monotonic()
         if self._looked is not None and now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
@@ -68,6 +71,9 @@ def look(vault: Vault, alerts: Alerts, now: Callable[[], float] = time.time) -> 
         _look_at_slots(vault.config, opened, alerts)
         if opened is not None:
             _look_inside(opened, alerts)
+            lost = damaged(opened)
+            _say(alerts, "scrub-damage", lost > 0, count=lost)
+            _look_at_backups(vault.config, opened, alerts, now())
             _look_at_jobs(vault.config, opened, alerts)
 
 
@@ -87,6 +93,13 @@ def _look_inside(opened: Open, alerts: Alerts) -> None:
         unreadable = reader.index.unreadable()
     _say(alerts, "quarantine", waiting > 0, count=waiting)
     _say(alerts, "unreadable", unreadable > 0, count=unreadable)
+
+
+def _look_at_backups(config: Config, opened: Open, alerts: Alerts, now: float) -> None:
+    """Say it when a backup that is made by the schedule was not confirmed for long."""
+    confirmed = max((b.confirmed for b in opened.ledger.backups()), default="")
+    days = int((now - clock.parse(confirmed).timestamp()) // 86_400) if confirmed else 0
+    _say(alerts, "backup-old", bool(config.settings.schedule.backup) and days >= _BACKUP_DAYS, days=days)
 
 
 def _look_at_jobs(config: Config, opened: Open, alerts: Alerts) -> None:

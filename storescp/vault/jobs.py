@@ -8,6 +8,8 @@ missing, the error's status is ``USAGE`` or ``NOTHING``.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,15 +17,18 @@ from typing import Any
 
 import msgspec
 
-from storescp.errors import USAGE, StrongroomError, plural
+from storescp.errors import FINDINGS, USAGE, StrongroomError, plural
 from storescp.vault.backup import Backups
 from storescp.vault.erase import Erase
 from storescp.vault.expiry import ending
 from storescp.vault.recovery import Recovery
+from storescp.vault.retain import Retain
 from storescp.vault.rotate import Rotate
+from storescp.vault.scrub import Scrub
 from storescp.vault.state import Vault
 
 Event = dict[str, Any]
+_REPORT_SECONDS = 600
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -47,6 +52,9 @@ def jobs_of(vault: Vault) -> dict[str, Job]:
         "export": Job(work.export, "a recovery export for each recovery key, kept in the store"),
         "rotate": Job(work.rotate, "a new key version, or go on with the one that was begun", heavy=True),
         "backup": Job(work.backup, "copy the store into schedule.backup_folder", heavy=True),
+        "retention": Job(work.retention, "mark what is due by the rules, erase what was long enough", heavy=True),
+        "scrub": Job(work.scrub, "read and open the next part of the packs", heavy=True),
+        "patch": Job(work.patch, "look how old the oldest unapplied fix is, by what 'patch fetch' brought"),
     }
 
 
@@ -96,3 +104,36 @@ class _Work:
             if event["kind"] == "made":
                 made = event["manifest"]
                 yield {"kind": "step", "text": f"backup {made.id}: {plural(made.packs, 'pack')}"}
+
+    def retention(self, uid: int) -> Iterator[Event]:
+        retain, alerts = Retain(self._vault), self._vault.alerts
+        try:
+            yield from retain.run(uid)
+        except StrongroomError:
+            if retain.braked:
+                alerts.raise_("retention-brake", "", count=retain.braked)
+            raise
+        alerts.resolve("retention-brake")
+
+    def scrub(self, uid: int) -> Iterator[Event]:
+        for event in Scrub(self._vault).run(uid):
+            if event["kind"] == "finding":
+                # Its text stays in the history: the pack says enough, and the scrub's status names studies.
+                yield {"kind": "finding", "text": f"pack {event['pack']} is {event['what']}"}
+            else:
+                yield event
+
+    def patch(self, _uid: int) -> Iterator[Event]:
+        # A process of its own, the verb itself: what it looks at is no business of who holds the keys. It tells alerts.
+        command = [sys.executable, "-m", "storescp", "--config", str(self._vault.config.file), "patch", "report", "--json"]
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_REPORT_SECONDS, check=False
+        )
+        if done.returncode not in {0, FINDINGS}:
+            raise StrongroomError("the patch report failed", hint="'strongroom patch report' says why")
+        summary: dict[str, int] = msgspec.json.decode(done.stdout)["summary"]
+        for state in ("breach", "unknown"):
+            if summary.get(state):
+                yield {"kind": "finding", "text": f"{plural(summary[state], 'item')} {state}: 'strongroom patch report'"}
+        if done.returncode == 0:
+            yield {"kind": "step", "text": "nothing is over its limit"}

@@ -98,6 +98,8 @@ class Retain:
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
         self._settings = vault.config.settings.retention
+        # How many studies a run would have erased that a brake stopped.
+        self.braked = 0
 
     # --- the plan
 

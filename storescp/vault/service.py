@@ -26,6 +26,7 @@ from storescp.vault.api import Access
 from storescp.vault.api.status import total_loss
 from storescp.vault.erase import Erase
 from storescp.vault.jobs import jobs_of
+from storescp.vault.retain import Retain
 from storescp.vault.rotate import Rotate
 from storescp.vault.schedule import Schedule
 from storescp.vault.state import Vault
@@ -71,24 +72,7 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
             log.warning("%s", warning)
         vault.auditor.started()
         notify.ready()
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
-        done, looked = True, time.monotonic()
-        alarms = Alarms(vault)
-        # Between two turns whoever waits for the vault's state gets it.
-        while not stop.wait(_TICK_SECONDS if done else 0.01):
-            try:
-                done = vault.advance(_TICK_SECONDS)
-                if time.monotonic() - looked > _LOOK_SECONDS:
-                    looked = time.monotonic()
-                    Rotate(vault).destroy_due()
-                    Erase(vault).resume()
-            except Exception:
-                # A full disk or a damaged file must not end the vault: deposits stay where they are.
-                log.exception("admission failed and is tried again")
-                done = True
-            alarms.turn()
-            schedule.tick()
+        _work(vault, schedule, stop)
         notify.stopping()
         server.close()
         schedule.close()
@@ -98,6 +82,29 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
         with contextlib.suppress(FileNotFoundError):
             config.socket.unlink()
         log.info("stopped")
+
+
+def _work(vault: Vault, schedule: Schedule, stop: threading.Event) -> None:
+    """Admit, and do what comes with time, until the vault is to stop."""
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
+    done, looked = True, time.monotonic()
+    alarms = Alarms(vault)
+    # Between two turns whoever waits for the vault's state gets it.
+    while not stop.wait(_TICK_SECONDS if done else 0.01):
+        try:
+            done = vault.advance(_TICK_SECONDS)
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                looked = time.monotonic()
+                Rotate(vault).destroy_due()
+                Erase(vault).resume()
+                Retain(vault).look_at_clock()
+        except Exception:
+            # A full disk or a damaged file must not end the vault: deposits stay where they are.
+            log.exception("admission failed and is tried again")
+            done = True
+        alarms.turn()
+        schedule.tick()
 
 
 def _unlock_by_itself(config: Config, vault: Vault) -> None:
