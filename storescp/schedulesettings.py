@@ -35,7 +35,7 @@ EXPLAINED = {
     "schedule": "When the vault does what 'strongroom jobs list' lists. Each is a cron expression (minute, hour, day,\n"
     "month, weekday by its name) or empty for never: docs/schedule.md.",
     "schedule.timezone": "The zone of all times here, by its IANA name, as in Europe/Berlin.",
-    "schedule.windows": "Heavy jobs (erase, rotate, backup, retention, scrub) begin within these only, if any is given:\n"
+    "schedule.windows": "Heavy jobs (erase, rotate, backup, retention, scrub) begin within these only, if any:\n"
     'windows = ["sat,sun 01:00-06:00", "mon-fri 22:00-05:00"]. Whatever was begun is finished.',
     "schedule.erase": "Go on with erasures that wait, and sign certificates that are final.",
     "schedule.rotate": "A new key version: as 'strongroom keys rotate'. Quarterly: \"0 3 1 1,4,7,10 *\".",

@@ -39,10 +39,11 @@ from storescp import clock
 from storescp.config import load
 from storescp.errors import StrongroomError
 from storescp.vault.backup import Backups
+from storescp.vault.drill import drill
 from storescp.vault.erase import Erase
 from storescp.vault.opened import Open
 from storescp.vault.recovery import Recovery
-from storescp.vault.restore import Source, drill, find, restore
+from storescp.vault.restore import Machine, Source, find, restore
 from storescp.vault.rotate import Rotate
 from storescp.vault.state import Vault
 
@@ -485,10 +486,10 @@ def test_a_damaged_backup_is_refused_and_of_an_incomplete_one_comes_what_is_whol
     source = source_of(folder, house.shares[:3])
     new = machine()
     with pytest.raises(StrongroomError, match="the backup is damaged") as caught:
-        list(restore(source, new.config, house.shares[:3], new.home / "new.key"))
+        list(restore(source, Machine(new.config, new.home / "new.key"), house.shares[:3]))
     assert path.name in str(caught.value)
     assert list(new.home.iterdir()) == []
-    events = list(restore(source, new.config, house.shares[:3], new.home / "new.key", incomplete=True))
+    events = list(restore(source, Machine(new.config, new.home / "new.key"), house.shares[:3], incomplete=True))
     assert path.name in str(events[-1]["problems"])
     assert new.config.exists()
     name = path.name.partition("-")[2] if case == "an authority" else path.name
@@ -553,7 +554,7 @@ def test_a_manifest_that_was_changed_or_an_export_of_another_generation_opens_no
     found, generation, exports = find(copy.folder, first.name)
     source = Source(found, generation, exports, copy.shares[:3])
     new = machine()
-    assert list(restore(source, new.config, copy.shares[:3], new.home / "k"))[-1]["problems"] == []
+    assert list(restore(source, Machine(new.config, new.home / "k"), copy.shares[:3]))[-1]["problems"] == []
 
 
 def test_what_somebody_added_to_a_backup_becomes_no_peer_and_no_authority(
@@ -566,8 +567,8 @@ def test_what_somebody_added_to_a_backup_becomes_no_peer_and_no_authority(
     source = source_of(copy.folder, copy.shares[:3])
     new = machine()
     with pytest.raises(StrongroomError, match=r"EVIL\.toml is not in the manifest"):
-        list(restore(source, new.config, copy.shares[:3], new.home / "k"))
-    list(restore(source, new.config, copy.shares[:3], new.home / "k", incomplete=True))
+        list(restore(source, Machine(new.config, new.home / "k"), copy.shares[:3]))
+    list(restore(source, Machine(new.config, new.home / "k"), copy.shares[:3], incomplete=True))
     assert [path.name for path in new.peers.iterdir()] == ["CT1.toml"]
     assert load(new.config).settings.gate.trust == ["tls/ca.pem"]
     assert [path.name for path in (new.home / "tls").iterdir()] == ["ca.pem"]
@@ -588,11 +589,11 @@ def test_a_store_is_restored_over_nothing(copy: House, machine: Callable[[], Ser
         (new.home / name).parent.mkdir(parents=True, exist_ok=True)
         (new.home / name).write_bytes(b"mine")
         with pytest.raises(StrongroomError, match="exists already"):
-            list(restore(source, new.config, copy.shares[:3], new.home / "k"))
+            list(restore(source, Machine(new.config, new.home / "k"), copy.shares[:3]))
         assert set(everything(new.home)) == {name}
     new = machine()
     with pytest.raises(StrongroomError, match="no folder"):
-        list(restore(source, new.config, copy.shares[:3], new.home / "none" / "k"))
+        list(restore(source, Machine(new.config, new.home / "none" / "k"), copy.shares[:3]))
     assert list(new.home.iterdir()) == []
 
 
@@ -603,14 +604,14 @@ def test_a_configuration_that_is_there_is_used_and_another_stores_is_refused(
     new = machine()
     text = house.server.config.read_text().replace('"spool"', '"elsewhere"').replace('"store.key"', '"k"')
     new.config.write_text(text)
-    list(restore(source, new.config, house.shares[:3], new.home / "k"))
+    list(restore(source, Machine(new.config, new.home / "k"), house.shares[:3]))
     assert new.config.read_text() == text
     assert (new.home / "elsewhere" / "public" / "deposit-2.key").exists()
     assert exported(new) == house.held
     other = make_server()
     other.init()
     with pytest.raises(StrongroomError, match="another store"):
-        list(restore(source, other.config, house.shares[:3], other.home / "k"))
+        list(restore(source, Machine(other.config, other.home / "k"), house.shares[:3]))
 
 
 def test_two_authorities_whose_files_have_one_name_are_both_trusted_again(
@@ -638,7 +639,7 @@ def test_a_backup_of_a_store_with_a_token_needs_no_token(copy: House, machine: C
     scratch = machine()
     assert list(drill(source, copy.shares[:3], scratch.home, 0))[-1]["said"]["problems"] == []
     new = machine()
-    list(restore(source, new.config, copy.shares[:3], new.home / "k"))
+    list(restore(source, Machine(new.config, new.home / "k"), copy.shares[:3]))
     assert exported(new) == copy.held
 
 
@@ -706,7 +707,7 @@ def test_stores_go_on_while_a_backup_is_made_and_whatever_removes_packs_waits(
     new = machine()
     source = source_of(folder, copy.shares[:3])
     assert source.problems() == []
-    list(restore(source, new.config, copy.shares[:3], new.home / "k"))
+    list(restore(source, Machine(new.config, new.home / "k"), copy.shares[:3]))
     assert exported(new) == copy.held
 
 
@@ -921,7 +922,7 @@ def test_a_full_disk_during_a_restore_says_so_and_after_room_was_made_it_goes(
             (new.home / "k").unlink(missing_ok=True)
             filler.unlink()
         disk.remount("size=8m")
-        list(restore(source, new.config, house.shares[:3], new.home / "k"))
+        list(restore(source, Machine(new.config, new.home / "k"), house.shares[:3]))
         assert exported(new) == house.held
     finally:
         disk.unmount()
@@ -991,7 +992,7 @@ def test_what_was_erased_since_is_back_after_a_restore_and_can_be_erased_again(
         list(Erase(vault).run(0, STUDY, "a test"))
     source = source_of(copy.folder, copy.shares[:3])
     new = machine()
-    list(restore(source, new.config, copy.shares[:3], new.home / "k"))
+    list(restore(source, Machine(new.config, new.home / "k"), copy.shares[:3]))
     with unlocked(new) as vault:
         packs = vault.unlocked().index.packs_of(STUDY)
         assert packs

@@ -775,7 +775,7 @@ def test_a_second_rotation_is_refused_while_one_is_at_work(make_server: Callable
     with unlocked(server) as vault:
         first = Rotate(vault).run(0, "a test", WAIVED)
         next(first)
-        with pytest.raises(StrongroomError, match="another 'keys rotate' is at work"):
+        with pytest.raises(StrongroomError, match="another 'keys rotate' or 'keys reencrypt' is at work"):
             rotate(vault)
         assert PROVED in "\n".join(event.get("text", "") for event in first)
         assert [r.version for r in vault.unlocked().ledger.rotations()] == [2]
@@ -793,7 +793,7 @@ def test_of_rotations_that_begin_at_once_one_is_done_and_the_others_corrupt_noth
     refused = [error for _, error, status in ended if status]
     assert done
     assert all(PROVED in out for out in done)
-    assert all("another 'keys rotate' is at work on this store" in error for error in refused)
+    assert all("another 'keys rotate' or 'keys reencrypt' is at work on this store" in error for error in refused)
     assert versions(server) == {1 + len(done): 3}
     assert held(server) == {item.sop_instance: item.data for item in items}
 

@@ -17,6 +17,7 @@ from keys import encoding, shares
 from storage.backup import BackupError, Folder
 from storescp.cli import output
 from storescp.cli.session import ask_shares, config_of, vault
+from storescp.cli.setup import names_of, users_of
 from storescp.cli.watch import operation, shown
 from storescp.config import Config, load, locate
 from storescp.errors import FINDINGS, PARTLY, StrongroomError
@@ -129,28 +130,44 @@ def confirm(given: str | None, /, folder: Path, name: str) -> int:
 @click.option("--backup", "name", default="", metavar="ID", help="Which backup; the newest one without.")
 @click.option("--key-file", type=_FILE, required=True, help="New key file to write, which opens the restored store.")
 @click.option("--incomplete", is_flag=True, help="Restore what is there, though files or packs are missing.")
+@click.option("--vault-user", help="The vault's user, where gate and vault are two; needs root.")
+@click.option("--gate-user", help="The gate's user, where gate and vault are two; needs root.")
+@click.option("--server-name", multiple=True, help="Name or address in the server certificate; may be repeated.")
 @click.pass_obj
-def restore_command(given: str | None, /, folder: Path, name: str, key_file: Path, incomplete: bool) -> int:
+def restore_command(
+    given: str | None,
+    /,
+    folder: Path,
+    name: str,
+    key_file: Path,
+    incomplete: bool,
+    vault_user: str | None,
+    gate_user: str | None,
+    server_name: tuple[str, ...],
+) -> int:
     r"""Make a store from a backup and enough recovery shares, on a machine that has nothing else.
 
     The configuration file that --config names is used if it is there (its store must not be), else it is made, with
-    the store beside it. What was erased after the backup was made is back: erase it again.
+    the store beside it. A store with an authority of its own issues a new server certificate. What was erased after the
+    backup was made is back: erase it again.
 
     \b
     Example:
       $ strongroom --config /srv/new/strongroom.toml restore --from /mnt/offsite/backup --key-file /root/strongroom.key
     Exit status: 0 restored, 1 not restored, 3 restored without what is missing.
     """
-    from storescp.vault.restore import Source, find, restore
+    from storescp.vault.restore import Machine, Source, find, restore
 
     file = Path(given or "strongroom.toml").absolute()
+    names = server_name or tuple(names_of(("127.0.0.1:0",)))
+    machine = Machine(file, key_file.absolute(), users_of(vault_user, gate_user), names)
     found, generation, exports = find(folder, name)
     click.echo(f"backup {generation.name}", err=True)
     typed = ask_shares()
     source = Source(found, generation, exports, typed)
     end: dict[str, Any] = {}
     with shown("copying packs") as show:
-        for event in restore(source, file, typed, key_file.absolute(), incomplete=incomplete):
+        for event in restore(source, machine, typed, incomplete=incomplete):
             show(event)
             end = event
     counts = end["counts"]
@@ -187,7 +204,8 @@ def drill_command(
       $ strongroom recovery drill --from /mnt/offsite/backup
     Exit status: 0 it would restore, 1 it would not, 6 findings.
     """
-    from storescp.vault.restore import Source, drill, find
+    from storescp.vault.drill import drill
+    from storescp.vault.restore import Source, find
 
     if not shares.memory_backed(scratch / "x"):
         raise StrongroomError(

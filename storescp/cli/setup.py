@@ -84,10 +84,10 @@ def init_command(
             raise click.BadParameter(f"'{address}' is no address with a port, as in 127.0.0.1:2762") from error
     if not is_ae_title(ae_title):
         raise click.BadParameter(f"'{ae_title}' is no AE title: 1 to 16 ASCII characters, no backslash")
-    users = _users(vault_user, gate_user)
+    users = users_of(vault_user, gate_user)
     pin = _anchor_pin(anchor_token, anchor_pin_file)
     passphrase = _new_passphrase(key_file, passphrase_file)
-    names = list(server_name) or _names(listen)
+    names = list(server_name) or names_of(listen)
     file = Path(given or "strongroom.toml").absolute()
     config = create(
         Plan(
@@ -245,7 +245,7 @@ def _anchor_pin(token: str | None, pin_file: Path | None) -> str | None:
     return None if pin_file else click.prompt("PIN of the token", hide_input=True, err=True)
 
 
-def _users(vault: str | None, gate: str | None) -> tuple[str, str] | None:
+def users_of(vault: str | None, gate: str | None) -> tuple[str, str] | None:
     if vault is None and gate is None:
         return None
     if vault is None or gate is None or vault == gate:
@@ -261,7 +261,7 @@ def _users(vault: str | None, gate: str | None) -> tuple[str, str] | None:
     return vault, gate
 
 
-def _names(listen: tuple[str, ...]) -> list[str]:
+def names_of(listen: tuple[str, ...]) -> list[str]:
     hosts = [parse_address(address)[0] for address in listen]
     named = [host for host in hosts if host not in {"0.0.0.0", "::"}]  # noqa: S104
     return list(dict.fromkeys([sockets.gethostname(), *named, *(["localhost"] if "127.0.0.1" in named else [])]))

@@ -124,8 +124,9 @@ class _Work:
                 yield event
 
     def patch(self, _uid: int) -> Iterator[Event]:
-        # A process of its own, the verb itself: what it looks at is no business of who holds the keys. It tells alerts.
-        command = [sys.executable, "-m", "storescp", "--config", str(self._vault.config.file), "patch", "report", "--json"]
+        # The verb itself, which tells alerts: what it looks at is no business of a process that holds the keys.
+        file = str(self._vault.config.file)
+        command = [sys.executable, "-m", "storescp", "--config", file, "patch", "report", "--json"]
         done = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_REPORT_SECONDS, check=False
         )
@@ -134,6 +135,7 @@ class _Work:
         summary: dict[str, int] = msgspec.json.decode(done.stdout)["summary"]
         for state in ("breach", "unknown"):
             if summary.get(state):
-                yield {"kind": "finding", "text": f"{plural(summary[state], 'item')} {state}: 'strongroom patch report'"}
+                found = plural(summary[state], "item")
+                yield {"kind": "finding", "text": f"{found} {state}: 'strongroom patch report'"}
         if done.returncode == 0:
             yield {"kind": "step", "text": "nothing is over its limit"}

@@ -1,4 +1,4 @@
-"""A store made from a backup and enough shares, on a machine that has nothing else; and a drill, which tries that.
+"""A store made from a backup and enough shares, on a machine that has nothing else.
 
 Runs in the command itself, not in a vault: there is none yet.
 Source: docs/design.md, "Backup"; docs/format.md, section 11.
@@ -9,43 +9,48 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import random
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from keys import encoding, keyring, recovery, shares, signed, slots
-from keys.anchors import AnchorError, FileAnchors
+from keys import encoding, recovery, shares, slots
+from keys.anchors import AnchorError
 from keys.keyring import KeyringError
-from keys.seal import SealError
 from keys.shares import RecoveryError
-from storage import audit, backup
+from storage import backup
 from storage.archive import CONSTANT_TIME, Archive
 from storage.backup import BackupError, Folder, Manifest
 from storage.keysdb import KeysDatabase, StudyKeyRecord
-from storage.ledger import Ledger
-from storage.pack import PackError
-from storage.packfile import PackFile, Record, frames_digest
 from storage.sqlite import DatabaseError
-from storescp import clock
 from storescp.config import Config, Settings, Store, convert, load, render
 from storescp.errors import StrongroomError
-from storescp.vault.examine import open_pack
-from storescp.vault.opened import database_version
+from storescp.vault.create import hand_over, issue_server
 from storescp.vault.rebuild import rebuild
 from storescp.vault.recovery import Recovery
 from storescp.vault.state import Vault
 
 _PROGRESS_PACKS = 50
-# The newest packs are always in a sample: those that an incremental backup copied last.
-_NEWEST = 20
 _SHOWN = 5
 _TRUST = "settings/trust/"
 _AGAIN = "remove what was made, and begin again"
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """Where a store is restored, and what the new machine calls itself.
+
+    ``file`` is the configuration, which is there or is made; ``key_file`` is written; ``users`` are the vault's and the
+    gate's, where they are two; ``server_names`` are for a certificate, where the store issues its own.
+    """
+
+    file: Path
+    key_file: Path
+    users: tuple[str, str] | None = None
+    server_names: tuple[str, ...] = ()
 
 
 class Source:
@@ -85,7 +90,7 @@ class Source:
         try:
             database = KeysDatabase(self.generation / "keys.db", immutable=True)
             try:
-                for _ in _records(database):
+                for _ in records_of(database):
                     pass
             finally:
                 database.close()
@@ -133,9 +138,9 @@ def find(path: Path, name: str = "") -> tuple[Folder, Path, list[Path]]:
 
 
 def restore(
-    source: Source, file: Path, typed: list[str], key_file: Path, *, incomplete: bool = False
+    source: Source, machine: Machine, typed: list[str], *, incomplete: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Make a store from a backup, beside a configuration file that is there or is made; yield what happens.
+    """Make a store from a backup; yield what happens.
 
     Raises:
         StrongroomError: Something of a store is there already, or the backup is damaged.
@@ -148,11 +153,17 @@ def restore(
             hint="take another copy or generation; --incomplete restores what is there",
         )
     source.needs()
-    config = _configuration(source, file, key_file)
+    key_file = machine.key_file
+    config = configuration(source, machine.file, key_file, machine.users)
+    if bool(config.settings.gate.user) != (machine.users is not None):
+        raise StrongroomError(
+            f"{machine.file} and the options do not agree whether gate and vault are two users",
+            hint="--vault-user and --gate-user name them where gate.user is set",
+        )
     if not key_file.parent.is_dir():
         raise StrongroomError(f"there is no folder {key_file.parent} for the key file")
     try:
-        yield from _lay_out(source, config, source.manifest.packs, _copied(source, config))
+        yield from lay_out(source, config, source.manifest.packs, _copied(source, config))
         rebuild(config, source.export, typed, key_file)
         yield {"kind": "step", "text": "keyring and anchors are made anew; the index is being filled"}
         vault = Vault(config)
@@ -163,21 +174,25 @@ def restore(
             if all(key.id != source.recovery.id for key in vault.unlocked().ring.body.recovery):
                 Recovery(vault).add(os.geteuid(), source.recovery)
             counts = vault.unlocked().index.counts()
+            if (ca := vault.unlocked().ring.body.authority) and config.trust and not config.certificate.exists():
+                issue_server(config, ca, list(machine.server_names))
         finally:
             vault.lock()
             vault.auditor.close()
         for folder in (config.store_path, *config.store_path.rglob("*")):
             if folder.is_dir():
                 encoding.sync_folder(folder)
+        if machine.users is not None:
+            hand_over(config, machine.users, [key_file])
     except OSError as error:
-        what = f"{error.filename or file}: {error.strerror}"
+        what = f"{error.filename or machine.file}: {error.strerror}"
         raise StrongroomError(f"not restored: {what}", hint=_AGAIN) from error
     except (KeyringError, AnchorError, slots.UnlockError, DatabaseError, ValueError) as error:
         raise StrongroomError(f"not restored: {error}", hint=_AGAIN) from error
     yield {"kind": "restored", "counts": counts, "problems": problems, "waiting": source.manifest.waiting}
 
 
-def _configuration(source: Source, file: Path, key_file: Path) -> Config:
+def configuration(source: Source, file: Path, key_file: Path, users: tuple[str, str] | None = None) -> Config:
     """Return the configuration that is there, or make one from the backup's with the store's folders beside it."""
     if file.exists():
         config = load(file)
@@ -186,6 +201,7 @@ def _configuration(source: Source, file: Path, key_file: Path) -> Config:
     else:
         settings = _settings(source)
         settings.unlock.key_file = str(key_file)
+        settings.gate.user = users[1] if users else ""
         config = Config(file, settings)
     taken = [p for p in (config.keyring, config.keys_db, config.store_path / "objects", key_file) if p.exists()]
     if config.anchors.exists():
@@ -227,13 +243,15 @@ def _trusted(source: Source) -> dict[str, str]:
     return found
 
 
-def _lay_out(source: Source, config: Config, total: int, packs: Iterable[int]) -> Iterator[dict[str, Any]]:
+def lay_out(source: Source, config: Config, total: int, packs: Iterable[int]) -> Iterator[dict[str, Any]]:
     """Put a backup's files where the store has them."""
     generation = source.generation
     for folder, mode in (
         (config.file.parent, 0o700),
         (config.store_path, 0o700),
         (config.incoming, 0o700),
+        (config.outbox, 0o750),
+        (config.alert_state, 0o700),
         (config.public, 0o755),
         (config.peers, 0o755),
         (config.socket.parent, 0o750),
@@ -289,7 +307,7 @@ def _copied(source: Source, config: Config) -> Iterator[int]:
     archive = Archive(config.store_path, config.incoming)
     database = KeysDatabase(source.generation / "keys.db", immutable=True)
     try:
-        for number, record in enumerate(_records(database), 1):
+        for number, record in enumerate(records_of(database), 1):
             quarantined = record.place.pack_id != record.place.key_id
             target = archive.quarantine_path(record.pack_id) if quarantined else archive.path(record.pack_id)
             _put(source.folder.pack(record.pack_id), target)
@@ -312,113 +330,8 @@ def _put(path: Path, target: Path) -> None:
     os.utime(target, CONSTANT_TIME)
 
 
-def _records(database: KeysDatabase) -> Iterator[StudyKeyRecord]:
+def records_of(database: KeysDatabase) -> Iterator[StudyKeyRecord]:
     after = ""
     while batch := database.records(after=after, limit=1000):
         after = batch[-1].pack_id
         yield from batch
-
-
-# --- a drill
-
-
-def drill(source: Source, typed: list[str], scratch: Path, sample: int) -> Iterator[dict[str, Any]]:
-    """Restore all but the packs into a scratch folder, open a sample of those; yield what happens.
-
-    Args:
-        source: The backup.
-        typed: The shares.
-        scratch: An empty folder in memory: the new keyring and its anchors lie there beside each other.
-        sample: How many packs to open, the newest among them; 0 for all.
-
-    Yields:
-        At the end ``{"kind": "drilled", "statement", "problems"}``, the statement signed by the store.
-
-    Raises:
-        StrongroomError: It cannot be tried.
-    """
-    problems = source.problems()
-    source.needs()
-    config = _configuration(source, scratch / "strongroom.toml", scratch / "store.key")
-    try:
-        yield from _lay_out(source, config, 0, [])
-    except OSError as error:
-        raise StrongroomError(
-            f"the backup cannot be tried: {error.filename or scratch}: {error.strerror}",
-            hint="--scratch names another folder in memory, with room for all but the packs",
-        ) from error
-    rebuild(config, source.export, typed, scratch / "store.key")
-    yield {"kind": "step", "text": "keyring, anchors, keys.db and ledger are restored into the scratch folder"}
-    try:
-        secret = slots.read_key_file(scratch / "store.key")
-        ring = keyring.unlock(config.keyring, secret, FileAnchors(config.anchors))
-    except (KeyringError, AnchorError, slots.UnlockError, slots.KeyFileError) as error:
-        raise StrongroomError(f"the restored keyring does not open: {error}") from error
-    try:
-        problems += _ledger_problems(config, ring)
-        chain = audit.verify(config.store_path / "audit", ring.store_id, source.signing_key)
-        if chain.fault:
-            problems.append(f"the audit chain: {chain.fault}")
-        chosen = _sample(source, sample)
-        opened = 0
-        for number, record in enumerate(chosen, 1):
-            count, fault = _open_one(source, ring, record)
-            opened += count
-            problems += [fault] if fault else []
-            if number % _PROGRESS_PACKS == 0:
-                yield {"kind": "progress", "done": number, "total": len(chosen)}
-        statement = {
-            "format": 1,
-            "store_id": ring.header.store_id,
-            "backup": source.manifest.id,
-            "made": source.manifest.created,
-            "drilled": clock.now(),
-            "packs": source.manifest.packs,
-            "bytes": source.manifest.bytes,
-            "digest": source.manifest.digest,
-            "opened_packs": len(chosen),
-            "opened_instances": opened,
-            "audit_records": chain.head.number,
-            "problems": problems,
-        }
-        content = signed.write(backup.DRILL, statement, ring.signing)
-    finally:
-        ring.forget()
-    yield {"kind": "drilled", "statement": content, "said": statement}
-
-
-def _ledger_problems(config: Config, ring: keyring.Keyring) -> list[str]:
-    try:
-        version = database_version(config, ring)
-        ledger = Ledger(config.ledger(version), ring.version(version).ledger_key())
-        try:
-            ledger.rotations()
-        finally:
-            ledger.close()
-    except (DatabaseError, KeyringError, AnchorError) as error:
-        return [f"the ledger does not open: {error}"]
-    return []
-
-
-def _sample(source: Source, count: int) -> list[StudyKeyRecord]:
-    database = KeysDatabase(source.generation / "keys.db", immutable=True)
-    try:
-        names = database.packs()
-        if count and count < len(names):
-            newest = names[-min(_NEWEST, count) :]
-            names = newest + random.SystemRandom().sample(names[: -len(newest)], count - len(newest))
-        return [record for name in names if (record := database.find(name)) is not None]
-    finally:
-        database.close()
-
-
-def _open_one(source: Source, ring: keyring.Keyring, record: StudyKeyRecord) -> tuple[int, str]:
-    """Return how many records of a pack opened, and what is wrong with it."""
-    try:
-        with PackFile(source.folder.pack(record.pack_id)) as file:
-            good = [found.frame for found in open_pack(file, ring, record).records() if isinstance(found, Record)]
-    except (OSError, PackError, SealError, KeyringError, AnchorError) as error:
-        return 0, f"pack {record.pack_id} does not open: {error}"
-    if frames_digest(good) != record.place.frames_digest:
-        return len(good), f"pack {record.pack_id}: records do not open"
-    return len(good), ""

@@ -35,6 +35,7 @@ PENDING, KEPT = "pending", "kept"
 MARKED, WAITS, ERASED, TAKEN_BACK = "marked", "waits", "erased", "taken back"
 _BATCH = 500
 _PROGRESS = 50
+_TOLD = 10_000
 _REASON = "retention: {}"
 
 log = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ class Retain:
         on = today()
         totals, steps = Totals(), Steps()
         for _ in self._steps(on, totals, steps):
-            if totals.studies % 1000 == 0:
+            if totals.studies % _TOLD == 0:
                 yield {"kind": "waiting", "text": f"looked at {totals.studies} studies"}
         self._brake(uid, totals, steps, confirm=confirm)
         self._vault.auditor.record(
@@ -198,7 +199,7 @@ class Retain:
         new = 0
         if steps.marks:
             for new in self._marking(on):
-                yield {"kind": "waiting", "text": f"{plural(new, 'study', 'studies')} of {steps.marks} marked"}
+                yield {"kind": "progress", "done": new, "total": steps.marks}
         due = plural(totals.due, "study", "studies")
         yield {"kind": "step", "text": f"{due} due, {new} of them newly pending erasure"}
         yield from self._erasing(uid)

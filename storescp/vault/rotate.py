@@ -75,7 +75,9 @@ class Rotate:
         """
         open_ = self._vault.unlocked()
         if not open_.rotating.acquire(blocking=False):
-            raise StrongroomError("another 'keys rotate' or 'keys reencrypt' is at work on this store", hint="wait until it ends")
+            raise StrongroomError(
+                "another 'keys rotate' or 'keys reencrypt' is at work on this store", hint="wait until it ends"
+            )
         try:
             rotation = self._begin(open_, uid, reason, waived)
             if rotation is not None:
