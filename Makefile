@@ -11,7 +11,7 @@ JOBS := 2
 CONFIG := $(VAR)/strongroom.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve demo test crash fuzz soak bench scan lock clean
+.PHONY: serve demo test coverage crash fuzz soak bench scan lock clean
 
 # What runs needs no test tools: each list of pinned, hashed requirements has a stamp of its own.
 $(VENV)/run.stamp: .ci/requirements/run.txt pyproject.toml
