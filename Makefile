@@ -44,12 +44,12 @@ test: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The same with what of the code the tests of this process run; processes that tests start are not counted.
 coverage: $(VENV)/test.stamp
 	@.ci/apt
-	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 # Every point at which a process can be killed, and 200 rounds of random kills; STRONGROOM_CRASH_SEED repeats a run.
 crash: $(VENV)/test.stamp

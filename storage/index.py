@@ -134,6 +134,12 @@ def _counting(db: Database) -> None:
     db.execute("UPDATE meta SET value = '0' WHERE name = 'filling'")
 
 
+@_MIGRATIONS(name="5-waiting")
+def _waiting(db: Database) -> None:
+    # Asked at each look at what waits, and of each study that is to be erased: few packs of very many.
+    db.execute("CREATE INDEX waiting_pack ON pack (id) WHERE place = 'incoming'")
+
+
 class Place(msgspec.Struct, frozen=True):
     """Where an instance lies."""
 
@@ -250,6 +256,15 @@ class Index:
         """Return the Patient ID of a study and its issuer; empty where the study is not described."""
         row = self._db.execute("SELECT patient_id, patient_id_issuer FROM study WHERE uid = ?", [study]).fetchone()
         return (str(row[0]), str(row[1])) if row else ("", "")
+
+    def stored_by(self, association: str, study: str) -> dict[str, int]:
+        """Return how many admitted instances of a study came by an association, by their state."""
+        rows = self._db.execute(
+            "SELECT i.state, count(*) FROM instance i JOIN pack p ON p.id = i.pack"
+            " WHERE i.study = ? AND i.association = ? AND p.place <> 'incoming' GROUP BY i.state",
+            [study, association],
+        )
+        return {str(state): int(count) for state, count in rows}
 
     def facts(self, study: str = "") -> Iterator[StudyFacts]:
         """Yield what retention knows of each study, or of one."""
@@ -394,6 +409,7 @@ class Index:
 
     def _add_rows(self, pack_id: str, rows: list[Row]) -> None:
         described = set()
+        patients = set()
         for row in rows:
             found = row.record.attributes
             series = (found.text(attributes.STUDY), found.text(attributes.SERIES))
@@ -401,6 +417,10 @@ class Index:
             if row.state != "quarantined" and series not in described:
                 described.add(series)
                 self.describe(found)
+            patient = (found.text("00100020"), found.text("00100021"), series[0])
+            if row.state != "quarantined" and patient[0] and patient not in patients:
+                patients.add(patient)
+                self._db.execute(_NAME_PATIENT, patient)
         self._db.conn.executemany(_INSERT_INSTANCE, [_instance(pack_id, row) for row in rows])
 
     def describe(self, found: Attributes) -> None:
@@ -417,6 +437,8 @@ class Index:
             ],
         )
         self._db.execute(_INSERT_SERIES, [study, found.text(attributes.SERIES), *_columns(found, _SERIES)])
+        if found.text("00100020"):
+            self._db.execute(_NAME_PATIENT, [found.text("00100020"), found.text("00100021"), study])
 
     # --- what readers ask
 
@@ -507,6 +529,8 @@ def _insert(table: str, *columns: str) -> str:
 
 
 _INSERT_STUDY = _insert("study", "uid", "patient_name", *NAMES, *_STUDY)
+# Where the first instance named no patient, another one does: a hold on a patient must find the study.
+_NAME_PATIENT = "UPDATE study SET patient_id = ?, patient_id_issuer = ? WHERE uid = ? AND patient_id = ''"
 _INSERT_SERIES = _insert("series", "study", "uid", *_SERIES)
 _INSERT_INSTANCE = _insert(
     "instance",

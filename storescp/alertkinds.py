@@ -49,6 +49,11 @@ KINDS = {
         "status",
     ),
     "audit-fault": Kind("critical", "the audit chain takes no records, so that no admin's act is done", "audit verify"),
+    "audit-unsent": Kind(
+        "warning",
+        "audit messages are not delivered and wait: {count}. The log of the audit forwarder says why",
+        "audit verify",
+    ),
     "unreadable": Kind(
         "critical",
         "places in deposits that did not open: {count}. Have what was sent then sent again; "

@@ -19,11 +19,14 @@ import msgspec
 
 from storage import retentionrules
 from storage.retentionrules import Retention
-from storescp import alertsettings, schedulesettings, scrubsettings
+from storescp import alertsettings, forwardsettings, metricssettings, reviewsettings, schedulesettings, scrubsettings
 from storescp.alertsettings import AlertSettings
 from storescp.errors import USAGE, StrongroomError
+from storescp.forwardsettings import AuditSettings
+from storescp.metricssettings import MetricsSettings
 from storescp.patch import settings as patch_settings
 from storescp.patch.settings import PatchAge
+from storescp.reviewsettings import ReviewSettings
 from storescp.schedulesettings import ScheduleSettings
 from storescp.scrubsettings import ScrubSettings
 
@@ -123,6 +126,9 @@ class Settings(msgspec.Struct, kw_only=True):
     patch_age: PatchAge = msgspec.field(default_factory=PatchAge)
     alerts: AlertSettings = msgspec.field(default_factory=AlertSettings)
     schedule: ScheduleSettings = msgspec.field(default_factory=ScheduleSettings)
+    review: ReviewSettings = msgspec.field(default_factory=ReviewSettings)
+    audit: AuditSettings = msgspec.field(default_factory=AuditSettings)
+    metrics: MetricsSettings = msgspec.field(default_factory=MetricsSettings)
 
 
 EXPLAINED = {
@@ -188,6 +194,9 @@ EXPLAINED = {
     **patch_settings.EXPLAINED,
     **alertsettings.EXPLAINED,
     **schedulesettings.EXPLAINED,
+    **reviewsettings.EXPLAINED,
+    **forwardsettings.EXPLAINED,
+    **metricssettings.EXPLAINED,
 }
 
 
@@ -214,6 +223,15 @@ class Config:
         # The vault writes the outbox; who sends what is in it writes the folder beside it alone.
         self.outbox = self._path(settings.store.spool) / "outbox"
         self.alert_state = self._path(settings.store.spool) / "alerts"
+        # The vault writes the first, who sends audit messages the second.
+        self.audit_out = self._path(settings.store.spool) / "audit-out"
+        self.audit_forwarder = self._path(settings.store.spool) / "audit-forwarder"
+        audit = settings.audit
+        self.audit_trust = self._path(audit.trust)
+        self.audit_certificate = self._path(audit.certificate) if audit.certificate else None
+        self.audit_private_key = self._path(audit.private_key) if audit.private_key else None
+        # Gate and vault each write a folder in it; who serves the numbers reads both.
+        self.metrics = self._path(settings.store.spool) / "metrics"
         password = settings.alerts.mail.password_file
         self.mail_credential = password.removeprefix(_CREDENTIAL) if password.startswith(_CREDENTIAL) else ""
         self.mail_password_file = self._path(password) if password and not self.mail_credential else None
@@ -423,6 +441,9 @@ def _check(settings: Settings) -> list[str]:
         errors.append("log.level: must be debug, info, warning or error")
     errors += alertsettings.check(settings.alerts)
     errors += schedulesettings.check(settings.schedule)
+    errors += reviewsettings.check(settings.review)
+    errors += forwardsettings.check(settings.audit)
+    errors += metricssettings.check(settings.metrics, parse_address)
     return errors
 
 

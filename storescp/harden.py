@@ -70,7 +70,16 @@ def check_vault(config: Config) -> None:
     Raises:
         StrongroomError: With every place that is wrong, and how to mend it.
     """
-    own = os.geteuid()
+    _raise(vault_faults(config, os.geteuid()), "vault")
+
+
+def vault_faults(config: Config, own: int) -> list[str]:
+    """Return what is wrong with the store's owners and modes where the vault's user has the id ``own``.
+
+    Raises:
+        StrongroomError: gate.user is nobody on this machine.
+        OSError: A place cannot be seen.
+    """
     faults = [
         *_private(config.store_path, own),
         *_private(config.anchors, own),
@@ -84,7 +93,7 @@ def check_vault(config: Config) -> None:
             faults.append(f"the vault runs as gate.user, {config.settings.gate.user}: run it as another user")
         if config.public.stat().st_uid == gate:
             faults.append(f"{config.public} belongs to the gate's user, who could replace deposit keys: chown it")
-    _raise(faults, "vault")
+    return faults
 
 
 def check_gate(config: Config) -> None:
@@ -94,10 +103,7 @@ def check_gate(config: Config) -> None:
         StrongroomError: With every place that is wrong, and how to mend it.
     """
     own = os.geteuid()
-    faults = [*_not_for_all(config.incoming), *_not_for_all(config.peers), *_not_for_all(config.file)]
-    found = config.private_key.stat() if config.private_key.exists() else None
-    if found is not None and found.st_mode & 0o037:
-        faults.append(f"{config.private_key} can be read by others: chmod 0640 or 0600")
+    faults = gate_faults(config)
     user = config.settings.gate.user
     if user:
         if own != _uid(user):
@@ -105,6 +111,19 @@ def check_gate(config: Config) -> None:
         places = (config.store_path, config.anchors, config.peers, config.file)
         faults += [f"{path} can be written by the gate's user: chown it" for path in places if os.access(path, os.W_OK)]
     _raise(faults, "gate")
+
+
+def gate_faults(config: Config) -> list[str]:
+    """Return what is wrong with the modes of what the gate reads, whoever asks.
+
+    Raises:
+        OSError: The private key cannot be seen.
+    """
+    faults = [*_not_for_all(config.incoming), *_not_for_all(config.peers), *_not_for_all(config.file)]
+    found = config.private_key.stat() if config.private_key.exists() else None
+    if found is not None and found.st_mode & 0o037:
+        faults.append(f"{config.private_key} can be read by others: chmod 0640 or 0600")
+    return faults
 
 
 def _private(path: Path, owner: int) -> list[str]:

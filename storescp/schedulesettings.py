@@ -27,6 +27,7 @@ class ScheduleSettings(msgspec.Struct, kw_only=True):
     retention: str = ""
     scrub: str = "30 2 * * *"
     patch: str = "0 7 * * *"
+    review: str = "0 7 * * mon"
     backup_folder: str = ""
     backup_keep: int = 0
 
@@ -46,6 +47,7 @@ EXPLAINED = {
     "schedule.retention": "What the rules in [retention] say: as 'strongroom retention run'.",
     "schedule.scrub": "The next part of the packs is read and opened: as 'strongroom scrub run'.",
     "schedule.patch": "How old the oldest unapplied fix is: as 'strongroom patch report'.",
+    "schedule.review": "What is unusual in the audit chain of last week: as 'strongroom audit review'.",
     "schedule.backup_folder": "Where backups go: an absolute path that the vault may write.",
     "schedule.backup_keep": "How many backups stay there; 0 for all.",
 }

@@ -11,12 +11,13 @@ import os
 import secrets
 import signal
 import socket
-import threading
 import time
 
+from storescp import snapshot
 from storescp.child import Child
 from storescp.config import Config
 from storescp.errors import StrongroomError
+from storescp.stopping import Stop
 
 _START_SECONDS = 30.0
 
@@ -29,12 +30,19 @@ def run(config: Config) -> None:
     Raises:
         StrongroomError: One of them cannot start.
     """
-    stop = threading.Event()
+    stop = Stop()
     users = _users(config)
     vault = Child(config, "vault", ["vault"], user=users[0])
     gate = Child(config, "gate", ["gate"], user=users[1])
     # As the vault's user, who owns the outbox; the unit for systemd has a user of its own.
     errands = [Child(config, "alert sender", ["alert-sender"], user=users[0])] if config.settings.alerts.sends else []
+    if config.settings.metrics.listen:
+        if users[0] is not None and users[1] is not None:
+            snapshot.prepare(config, users[0], users[1])
+        # As the gate's user: whoever breaks in through this listener finds no more than behind the gate's.
+        errands.append(Child(config, "metrics", ["metrics"], user=users[1]))
+    if config.settings.audit.forward:
+        errands.append(Child(config, "audit forwarder", ["audit-forwarder"], user=users[0]))
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     signal.signal(signal.SIGHUP, lambda *_: gate.signal(signal.SIGHUP))
@@ -65,7 +73,7 @@ def run(config: Config) -> None:
             errand.stop(5.0)
 
 
-def _start(child: Child, stop: threading.Event) -> None:
+def _start(child: Child, stop: Stop) -> None:
     """Start a process and wait until it says that it is ready.
 
     Raises:

@@ -17,7 +17,10 @@ from test_erase import House
 
 from storage import attributes
 from storage.retentionrules import Rule
+from storescp.control import Request
 from storescp.vault import retain
+from storescp.vault.api.quarantine import Quarantine
+from storescp.vault.holding import Hold
 from storescp.vault.retain import Retain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,11 +102,29 @@ class Aged(House):
         return len(list(folder.glob("*.json"))) if folder.exists() else 0
 
 
+def on(study: str = "", patient_id: str = "", issuer: str = "") -> Hold:
+    """Return a hold to place."""
+    return Hold("", "court order", "12 O 34/26", 1000, "", study, patient_id, issuer)
+
+
+def decide(aged: Aged, item: dict[str, Any], kind: str) -> None:
+    """Decide about something in quarantine, as an admin does."""
+    body = f'{{"id": "{item["id"]}", "kind": "{kind}", "reason": "a test"}}'.encode()
+    Quarantine(aged.vault)._resolve(Request("POST", "/v1/quarantine", body, 1000))
+
+
 def make_archive(home: Path, studies: int, seed: int = 7) -> None:
     """Make a store of ten years until 2026-01-31 with the benchmarks' generator."""
     command = [sys.executable, "-m", "benchmarks.archive", "make", "--to", home, "--list", home.parent / "list"]
     options = ["--studies", str(studies), "--seed", str(seed), "--until", UNTIL]
     subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=110)
+
+
+def make_empty(home: Path) -> Path:
+    """Make a store with nothing in it, to be copied."""
+    home.mkdir()
+    Server(home).init()
+    return home
 
 
 def copy_archive(made: Path, make_server: Callable[[], Server]) -> Server:

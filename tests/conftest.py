@@ -10,6 +10,7 @@ import pwd
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -149,7 +150,23 @@ class Server:
             self.wait_log("serve: ready")
         if verb == "vault" and "strace" not in command[0]:
             self.wait_log("unlocked|locked")
+            # It can be asked only a moment later.
+            self.wait_listening()
         return process
+
+    def wait_listening(self) -> None:
+        """Wait until the vault can be asked, or the process ended."""
+        from storescp.config import load
+
+        path, deadline = str(load(self.config).socket), time.monotonic() + START_SECONDS
+        while self._process is not None and self._process.poll() is None:
+            with socket.socket(socket.AF_UNIX) as connection:
+                try:
+                    connection.connect(path)
+                    return
+                except (FileNotFoundError, ConnectionRefusedError):
+                    assert time.monotonic() < deadline, "\n".join(self.log)
+            time.sleep(0.01)
 
     def wait_log(self, pattern: str, seconds: float = START_SECONDS) -> re.Match[str]:
         """Wait for a line of the log that was not waited for yet."""

@@ -12,13 +12,13 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydicom
 import pytest
 from conftest import Finished, Server, changed, send
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from pki import make
@@ -27,7 +27,7 @@ from scu import raw_data_set
 from test_full import Disk
 from test_recover import asking, made_shares
 
-from keys import authority, encoding, keyring, recovery, shares, signed, slots
+from keys import keyring, recovery, shares, signed, slots
 from keys.anchors import AnchorError, AnchorSet, FileAnchors
 from keys.keyring import Keyring, KeyringError
 from keys.seal import SealError
@@ -276,10 +276,8 @@ def test_a_machine_with_nothing_but_backup_and_shares_gets_the_store_whole(
     assert (new.peers / "CT1.toml").read_bytes() == (house.server.peers / "CT1.toml").read_bytes()
     ring = ring_of(new)
     assert ring.body.authority is not None
-    key = authority.new_private_key()
-    pem = authority.issue_server(ring.body.authority, authority.request(key), ["127.0.0.1"], datetime.now(UTC), 30)
-    encoding.create(config.certificate, pem)
-    encoding.create(config.private_key, authority.private_pem(key))
+    made = x509.load_pem_x509_certificate(config.certificate.read_bytes())
+    made.verify_directly_issued_by(x509.load_pem_x509_certificate(ring.body.authority.certificate.encode()))
     ring.forget()
     new.set("gate", listen=["127.0.0.1:0"], pack_idle_seconds=1)
     new.start()
@@ -624,7 +622,7 @@ def test_two_authorities_whose_files_have_one_name_are_both_trusted_again(
     with unlocked(copy.server) as vault:
         backed_up(vault, copy.folder)
     new = machine()
-    list(restore(source_of(copy.folder, copy.shares[:3]), new.config, copy.shares[:3], new.home / "k"))
+    list(restore(source_of(copy.folder, copy.shares[:3]), Machine(new.config, new.home / "k"), copy.shares[:3]))
     assert [p.read_bytes() for p in load(new.config).trust] == [
         (copy.server.home / "tls" / "ca.pem").read_bytes(),
         other,
@@ -916,7 +914,7 @@ def test_a_full_disk_during_a_restore_says_so_and_after_room_was_made_it_goes(
         for left in (8192, 65_536, 200_000):
             filler.write_bytes(b"\0" * (free(disk.folder) - left))
             with pytest.raises(StrongroomError) as caught:
-                list(restore(source, new.home / "a" / "strongroom.toml", house.shares[:3], new.home / "k"))
+                list(restore(source, Machine(new.home / "a" / "strongroom.toml", new.home / "k"), house.shares[:3]))
             assert "remove what was made" in caught.value.hint, caught.value
             shutil.rmtree(new.home / "a")
             (new.home / "k").unlink(missing_ok=True)
@@ -976,7 +974,7 @@ def test_a_backup_made_in_the_middle_of_a_rotation_restores_and_the_rotation_goe
         assert made.version == 2
         assert vault.unlocked().keys_db.versions().keys() == {3}
     new = machine()
-    list(restore(source_of(copy.folder, copy.shares[:3]), new.config, copy.shares[:3], new.home / "k"))
+    list(restore(source_of(copy.folder, copy.shares[:3]), Machine(new.config, new.home / "k"), copy.shares[:3]))
     assert exported(new) == copy.held
     with unlocked(new) as vault:
         list(Rotate(vault).run(0, "", waived))

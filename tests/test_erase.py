@@ -602,7 +602,7 @@ def test_an_erasure_that_waited_too_long_is_finished_by_the_vaults_loop(
     house.close_packs()
     pack = house.put(2)
     record = house.gate.begin(STUDY, "CT1")
-    with pytest.raises(StrongroomError, match="still being received into") as waits:
+    with pytest.raises(StrongroomError, match="1 pack still open in the gate") as waits:
         house.erase()
     assert "by itself" in waits.value.hint
     # Nothing of it is listed while it waits, whoever asks, and what can go is gone.

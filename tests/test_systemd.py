@@ -9,6 +9,7 @@ import pwd
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -138,6 +139,61 @@ def test_the_vault_needs_no_network(vault_apart: Server) -> None:
     assert vault_apart.run("verify").status == 0
 
 
+# What systemd does for a service with a socket unit: it binds and listens, and the process finds it as descriptor 3.
+_ACTIVATE = """
+import os, pathlib, socket, sys
+config, name, *command = sys.argv[1:]
+sock = socket.create_server(("127.0.0.1", 0))
+file = pathlib.Path(config)
+file.write_text(file.read_text().replace('"127.0.0.1:0"', f'"127.0.0.1:{sock.getsockname()[1]}"'))
+os.dup2(sock.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": "gate"}
+os.environ |= {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "200000", "WATCHDOG_PID": str(os.getpid())}
+os.execv(sys.executable, [sys.executable, "-m", "storescp", "--config", config, *command])
+"""
+
+
+def told(sock: socket.socket, count: int) -> list[bytes]:
+    """Return what systemd would hear next."""
+    sock.settimeout(START_SECONDS)
+    return [sock.recv(256) for _ in range(count)]
+
+
+def test_a_gate_serves_on_the_socket_it_is_passed_and_each_process_says_that_its_loop_turns(
+    make_server: Callable[..., Server],
+) -> None:
+    server = make_server()
+    server.init()
+    server.add_peer("CT1")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        # The system chooses an abstract name.
+        heard.bind("")
+        name = "@" + heard.getsockname()[1:].decode()
+        activated = [sys.executable, "-c", _ACTIVATE, str(server.config), name]
+        gate = server.start_command([*activated, "gate"], "gate")
+        assert any("1 of 1 listening sockets are systemd's" in line for line in server.log)
+        assert f'"127.0.0.1:{server.port}"' in server.config.read_text()
+        assert send(server, [CT]) == [0]
+        assert told(heard, 3) == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+        # Another socket than the configuration names is not served on: one line says which, and what to do.
+        refused = subprocess.run([*activated, "gate"], capture_output=True, text=True, timeout=60, check=False)
+        assert refused.returncode == 2
+        assert "which neither gate.listen nor gate.plaintext names" in refused.stderr
+        assert "'strongroom install' writes the socket unit" in refused.stderr
+        gate.terminate()
+        assert gate.wait(60) == 0
+        heard.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                heard.recv(256)
+        environment = [f"NOTIFY_SOCKET={name}", "WATCHDOG_USEC=200000"]
+        server.start_command(
+            ["env", *environment, sys.executable, "-m", "storescp", "--config", str(server.config), "vault"], "vault"
+        )
+        assert told(heard, 3) == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+
+
 @pytest.mark.needs_root
 def test_vault_and_gate_run_in_locked_memory_where_they_may(server: Server) -> None:
     assert send(server, [CT]) == [0]
@@ -229,6 +285,8 @@ for process in gate vault; do
         > "etc/systemd/system/strongroom-$process.service.d/log.conf"
 done
 mkdir .old && pivot_root . .old && cd / && umount -l /.old
+# As a machine's own: what systemd mounts for a service's credentials is seen by the service.
+mount --make-rshared /
 exec env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --system --unit=machine.target \
     --log-target=null --show-status=no
 """

@@ -13,6 +13,7 @@ from storescp.errors import StrongroomError
 
 _VERBS = {
     "init": ("storescp.cli.setup", "Make a new store."),
+    "install": ("storescp.cli.install", "Install as services of systemd, mend, upgrade or remove that."),
     "serve": ("storescp.cli.serve", "Run gate and vault under one supervisor."),
     "gate": ("storescp.cli.serve", "Run the gate alone."),
     "vault": ("storescp.cli.serve", "Run the vault alone."),
@@ -32,11 +33,15 @@ _VERBS = {
     "hold": ("storescp.cli.hold", "What nobody may erase."),
     "approve": ("storescp.cli.hold", "Approve an act that another user asked for."),
     "certificate": ("storescp.cli.erase", "List, show and verify certificates of erasure."),
+    "doctor": ("storescp.cli.doctor", "Check this installation; say what to mend."),
     "patch": ("storescp.cli.patch", "Say how old the oldest unapplied fix of everything here is."),
     "alerts": ("storescp.cli.alerts", "Say what is wrong; send a test alert."),
     "alert-sender": ("storescp.cli.alerts", "Run the sender of alerts alone."),
+    "metrics": ("storescp.cli.metrics", "Serve numbers to Prometheus."),
+    "conformance": ("storescp.cli.conformance", "Write the DICOM conformance statement of this configuration."),
     "jobs": ("storescp.cli.jobs", "What the vault does by itself: when, and how it ended."),
     "audit": ("storescp.cli.audit", "Read and check the audit chain."),
+    "audit-forwarder": ("storescp.cli.audit", "Run the sender of audit messages alone."),
     "verify": ("storescp.cli.care", "Open every record; say what is missing or damaged."),
     "scrub": ("storescp.cli.care", "Read packs again, a part at a time; say what is damaged."),
     "reindex": ("storescp.cli.care", "Rebuild the index from packs and keys."),

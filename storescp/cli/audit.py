@@ -1,4 +1,4 @@
-"""``audit show|verify|restart``: who did what, and the proof that nothing of it was changed."""
+"""``audit show|who|verify|restart``: who did what, and the proof of it; ``audit-forwarder``: who tells others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from keys.versions import store_id_of
 from storage import audit
 from storage.audit import Head, Verified
 from storescp.cli import output
+from storescp.cli.review import review_command
 from storescp.cli.session import config_of, vault
 from storescp.config import Config
 from storescp.control import Client
-from storescp.errors import FINDINGS, NOTHING, StrongroomError
+from storescp.errors import FINDINGS, NOTHING, USAGE, StrongroomError
 from storescp.log import escape
 
 _OWN = {"number", "time", "type"}
@@ -30,6 +32,9 @@ _APPEND_SECONDS = 0.1
 @click.group("audit")
 def audit_command() -> None:
     """Read and check the audit chain: who connected, was refused, stored, looked, exported, unlocked, changed peers."""
+
+
+audit_command.add_command(review_command)
 
 
 @audit_command.command("show")
@@ -61,6 +66,69 @@ def show(given: str | None, /, after: int, since: str, types: tuple[str, ...], a
                 click.echo(line)
     if not count:
         click.echo("nothing matched", err=True)
+        return NOTHING
+    return 0
+
+
+@audit_command.command("who")
+@click.option("--patient", default="", metavar="ID", help="Patient ID; - reads it from standard input.")
+@click.option(
+    "--study", "studies", multiple=True, metavar="UID", help="A study, also one that is erased; may be repeated."
+)
+@click.option("--since", default="", metavar="TIME", help="Only from this time on, UTC, as 2026-01-31.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON document a line, the summary last.")
+@click.pass_obj
+def who(given: str | None, /, patient: str, studies: tuple[str, ...], since: str, as_json: bool) -> int:
+    r"""Say who sent, saw, exported or erased a patient's studies. That you ask is recorded, too.
+
+    The audit chain names studies, and the index whose they are: of a study that was erased nobody knows any more whose
+    it was. Ask for one by its UID. A list that somebody made counts as seen if it would show the patient now.
+
+    \b
+    Examples:
+      $ strongroom audit who --patient - --since 2026-01-01
+      $ strongroom audit who --study 1.2.840.99.7 --json
+    Exit status: 0 shown, 4 locked, 5 nobody did anything.
+    """
+    if patient == "-":
+        patient = sys.stdin.readline().rstrip("\r\n")
+    if not patient and not studies:
+        raise StrongroomError(
+            "this asks about a patient or a study", hint="name one: --patient ID, --study UID", status=USAGE
+        )
+    rows, summary = [], {"studies": 0, "others_erased": 0}
+    with vault(config_of(given)) as client:
+        asked = {"patient": patient, "studies": list(studies), "since": since}
+        for row in client.lines("POST", "/v1/audit/who", asked):
+            if as_json:
+                click.echo(json.dumps(row, ensure_ascii=False))
+            if row["kind"] == "summary":
+                summary = row
+            else:
+                rows.append(row)
+    if not as_json and rows:
+        cells = [
+            [
+                str(r["number"]),
+                r["time"][:19] + "Z",
+                r["kind"],
+                r["who"],
+                r["study"],
+                _count(r),
+                r["what"],
+            ]
+            for r in rows
+        ]
+        output.table(["Record", "Time", "Did", "Who", "Study", "Instances", "What"], cells)
+    if patient and not as_json:
+        click.echo(f"{output.plural(summary['studies'], 'study', 'studies')} of this patient held", err=True)
+        if erased := summary["others_erased"]:
+            click.echo(
+                f"{output.plural(erased, 'study', 'studies')} erased whose patient is not known any more: --study asks",
+                err=True,
+            )
+    if not rows:
+        click.echo("nobody did anything", err=True)
         return NOTHING
     return 0
 
@@ -132,6 +200,29 @@ def restart(given: str | None, /, reason: str) -> None:
     click.echo(f"the old chain is {aside}; keep it. A new one began")
 
 
+@click.command("audit-forwarder")
+@click.pass_obj
+def audit_forwarder_command(given: str | None, /) -> None:
+    r"""Run the sender of audit messages alone: reads the vault's spool, sends by syslog over TLS, opens no store.
+
+    'serve' starts it by itself where audit.forward is set.
+
+    \b
+    Example:
+      $ strongroom audit-forwarder
+    Exit status: 0 stopped, 1 cannot start, 2 configuration.
+    """
+    from storescp import child, log
+    from storescp.errands import forward
+    from storescp.harden import harden
+
+    config = config_of(given)
+    harden(0o077)
+    log.set_up("audit-forwarder", config.settings.log.format, config.settings.log.level)
+    child.die_with_parent()
+    forward.run(config)
+
+
 def _checked(config: Config, folder: Path | None, kept: Head | None) -> Verified:
     for last in (False, False, True):
         # Asked before the chain is read: what the vault wrote until then must be in it.
@@ -179,6 +270,10 @@ def _lines(record: dict[str, Any]) -> list[str]:
     if isinstance(record.get("events"), list):
         lines += [f"{'':>8}    {_words(event)}" for event in record["events"]]
     return lines
+
+
+def _count(row: dict[str, Any]) -> str:
+    return str(row["instances"]) if row["instances"] else ""
 
 
 def _words(record: dict[str, Any], *left_out: str) -> str:

@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from storescp.config import Config
 from storescp.errands.connection import DeliveryError
 from storescp.errands.ways import Message, Way, ways_of
 from storescp.errors import USAGE, StrongroomError
+from storescp.stopping import Stop
 
 _POLL_SECONDS = 2.0
 # What comes back within this time was never over: something that flaps fills nobody's mailbox.
@@ -239,7 +239,7 @@ def run(config: Config) -> None:
     Raises:
         StrongroomError: There is nobody to send to, or another sender runs.
     """
-    stop = threading.Event()
+    stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

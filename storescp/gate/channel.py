@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 # configuration before the address), ``reload``, ``room`` (of the archive, in bytes), ``granted`` and ``denied`` (a
 # claim), ``hold`` (a peer that has to wait), ``refused`` (what it turned away itself, for the audit chain). From a
 # worker: ``ready``, ``ended``, ``peers`` (how many it knows after a reload), ``kept`` (why it kept the ones it had),
-# ``claim`` (an association), ``used`` (what a peer stored).
+# ``claim`` (an association), ``used`` (what a peer stored), ``counted`` (what a peer did, for the metrics).
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

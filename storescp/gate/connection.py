@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from storescp.config import Plaintext
-from storescp.gate import negotiate, tls, wire
+from storescp.gate import meter, negotiate, tls, wire
 from storescp.gate.incoming import Origin
 from storescp.gate.journal import Journal, studies
 from storescp.gate.receive import Association, Resources, new_association_id
@@ -114,16 +114,23 @@ class Connections:
             return list(self._running)
 
     def _run(self, connection: _Connection, ended: Callable[[], None]) -> None:
+        # A connection that was an association is counted as that, however it ended.
+        where = meter.HANDSHAKE
         try:
             self._step(connection, "connected", address=connection.address, tls=connection.plaintext is None)
             connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._serve(connection, self._handshake(connection) if connection.plaintext is None else None)
+            proof = self._handshake(connection) if connection.plaintext is None else None
+            where = meter.REQUEST
+            self._serve(connection, proof)
         except _RefusedConnectionError as refused:
             log.warning("connection from %s refused: %s", connection.address, refused)
+            self._resources.meter.turned_away(where)
             self._journal.refused(connection.address, str(refused), refused.calling)
             self._step(connection, "refused", reason=str(refused))
         except OSError as error:
             log.warning("connection from %s broke off: %s", connection.address, type(error).__name__)
+            if not connection.associated:
+                self._resources.meter.turned_away(where)
             self._journal.refused(connection.address, f"it broke off: {type(error).__name__}")
             self._step(connection, "refused", reason=f"it broke off: {type(error).__name__}")
         except Exception:
@@ -301,6 +308,7 @@ class Connections:
 
     def _told(self, connection: _Connection, association: Association, origin: Origin, ending: str) -> None:
         tally = association.tally
+        self._resources.meter.end(association.count)
         log.info(
             "association %s %s: %d stored, %d refused, %d bytes",
             origin.association,

@@ -157,13 +157,14 @@ def _decide(proposed: PresentationContext, peer: Peer) -> tuple[int, str]:
     syntaxes = [str(s) for s in proposed.transfer_syntax]
     abstract = str(proposed.abstract_syntax)
     first = syntaxes[0] if syntaxes else "1.2.840.10008.1.2"
-    if not _may_use(peer, abstract):
+    if not may_use(peer, abstract):
         return _NO_ABSTRACT_SYNTAX, first
     known = next((s for s in syntaxes if s in ENCODINGS), None)
     return (_ACCEPTED, known) if known else (_NO_TRANSFER_SYNTAX, first)
 
 
-def _may_use(peer: Peer, abstract: str) -> bool:
+def may_use(peer: Peer, abstract: str) -> bool:
+    """Tell whether a peer may use an abstract syntax: all that is offered to it, and nothing else."""
     if abstract == VERIFICATION:
         return "echo" in peer.operations
     may_store = abstract in (peer.sop_classes & STORAGE_CLASSES if peer.sop_classes else STORAGE_CLASSES)

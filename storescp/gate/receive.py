@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from storage.deposit import Deposits
 from storescp.config import Gate
-from storescp.gate import dimse, wire
+from storescp.gate import dimse, meter, wire
 from storescp.gate.describe import Describer
 from storescp.gate.dimse import Command
 from storescp.gate.incoming import Incoming, Origin
+from storescp.gate.meter import Meter
 from storescp.gate.negotiate import Agreement, Context
 from storescp.gate.quota import Allowances
 from storescp.gate.status import SUCCESS, UNRECOGNIZED_OPERATION, Reason, RefusedError
@@ -34,6 +35,7 @@ class Resources(NamedTuple):
     deposits: Deposits
     space: Watch
     allowances: Allowances
+    meter: Meter
 
 
 class Tally:
@@ -70,7 +72,7 @@ class Association:
         self._deposits = resources.deposits
         self._idle_seconds = resources.settings.idle_seconds
         self._message_seconds = resources.settings.message_seconds
-        self._deadline = 0.0
+        self._began = self._deadline = 0.0
         self._command_part = bytearray()
         self._command_context = 0
         self._command: tuple[Command, int] | None = None
@@ -78,6 +80,7 @@ class Association:
         self._describer = Describer()
         self._between = True
         self.tally = Tally()
+        self.count = resources.meter.begin(peer.ae_title)
 
     @property
     def overdue(self) -> str:
@@ -130,7 +133,8 @@ class Association:
 
     def _begin_phase(self, *, between: bool) -> None:
         self._between = between
-        self._deadline = time.monotonic() + (self._idle_seconds if between else self._message_seconds)
+        self._began = time.monotonic()
+        self._deadline = self._began + (self._idle_seconds if between else self._message_seconds)
 
     def _handle(self, event: wire.Pdu | wire.Fragment) -> str:
         if isinstance(event, wire.Fragment):
@@ -193,20 +197,24 @@ class Association:
             raise wire.WireError("a message ends that never began")
         command, context_id = self._command
         incoming, self._incoming, self._command = self._incoming, None, None
+        began = self._began
         status, comment = SUCCESS, ""
+        refusal: Reason | None = None
         if incoming is not None:
             try:
                 incoming.end()
                 self._took(incoming)
                 log.debug("association %s: stored object %s", self._origin.association, incoming.object_id)
             except RefusedError as refused:
-                status, comment = refused.reason.status, refused.reason.comment
+                refusal = refused.reason
         elif command.field == dimse.C_STORE_RQ:
             refusal = Reason.NO_DATA_SET if not command.has_data_set else Reason.SOP_CLASS
-            status, comment = refusal.status, refusal.comment
         elif command.field != dimse.C_ECHO_RQ:
             status = UNRECOGNIZED_OPERATION
+        if refusal is not None:
+            status, comment = refusal.status, refusal.comment
         if status != SUCCESS:
+            self.count.refuse(refusal.name if refusal is not None else meter.UNRECOGNIZED)
             self.tally.refused += 1
             self.tally.reasons[f"{status:04X}"] = self.tally.reasons.get(f"{status:04X}", 0) + 1
             log.warning("association %s: refused with %04X: %s", self._origin.association, status, comment)
@@ -219,11 +227,14 @@ class Association:
         self._allowances.pause(self._peer)
         self._stream.send(reply, self._idle_seconds)
         self._begin_phase(between=True)
+        if command.field == dimse.C_STORE_RQ:
+            self.count.answered(self._began - began)
 
     def _took(self, incoming: Incoming) -> None:
         tally = self.tally
         tally.stored += 1
         tally.bytes += incoming.size
+        self.count.stored(incoming.size)
         tally.studies[incoming.study] = tally.studies.get(incoming.study, 0) + 1
         self._space.took(incoming.size)
         self._allowances.took(self._peer, incoming.size)

@@ -20,13 +20,14 @@ from storescp import notify, peers, space
 from storescp.child import Child
 from storescp.config import Config, Gate, network, parse_address
 from storescp.errors import StrongroomError
-from storescp.gate import channel, validity
+from storescp.gate import channel, listeners, meter, validity
 from storescp.gate.channel import ChannelError, ClosedError, Message, Refused
+from storescp.gate.meter import Counted
+from storescp.gate.numbers import Numbers
 from storescp.gate.quota import Claim, Quotas, Use
 from storescp.harden import check_gate
 from storescp.peers import Network
 
-_BACKLOG = 128
 _TICK_SECONDS = 0.5
 _START_SECONDS = 25.0
 # How long a worker whose channel is closed may take to end.
@@ -124,12 +125,10 @@ class _Gate:
         self._kept = ""
         self._asked: set[_Worker] = set()
         self._short = ""
-        self._listeners = [_Listener(_bind(*parse_address(a))) for a in self._settings.listen]
-        self._listeners += [
-            _Listener(_bind(*parse_address(p.listen)), number, tuple(network(a) for a in p.addresses))
-            for number, p in enumerate(self._settings.plaintext)
-        ]
+        self._listeners = self._listen()
+        self._watchdog = notify.Watchdog()
         self._quotas = Quotas()
+        self._numbers = Numbers(config, len(self._workers))
         self._refused: dict[Refused, int] = {}
         self._warned = 0.0
         # A signal makes the selector's wait end.
@@ -161,7 +160,7 @@ class _Gate:
         self._started = True
         for listener in self._listeners:
             self._selector.register(listener.socket, selectors.EVENT_READ, listener)
-        addresses = ", ".join(_name(x.socket.getsockname()) for x in self._listeners if x.plaintext is None)
+        addresses = ", ".join(listeners.text(x.socket.getsockname()) for x in self._listeners if x.plaintext is None)
         log.info("listening on %s as %s, %d workers", addresses, self._settings.ae_title, len(self._workers))
         if not self._peers:
             log.warning("no peers are configured: nobody can associate; 'strongroom peer add' adds one")
@@ -173,6 +172,7 @@ class _Gate:
         if time.monotonic() - self._looked >= _TICK_SECONDS:
             self._looked = time.monotonic()
             self._look()
+        self._watchdog.turn()
         return not self._stopping
 
     def stop(self) -> None:
@@ -185,6 +185,22 @@ class _Gate:
             worker.child.signal(signal.SIGTERM)
         for worker in self._workers:
             worker.child.stop(self._settings.drain_seconds + 6.0)
+
+    def _listen(self) -> list[_Listener]:
+        plaintext = self._settings.plaintext
+        wanted = [parse_address(text) for text in (*self._settings.listen, *(p.listen for p in plaintext))]
+        passed = listeners.take(wanted)
+        if passed:
+            log.info("%d of %d listening sockets are systemd's", len(passed), len(wanted))
+        sockets = [passed.get(address) or listeners.bind(*address) for address in wanted]
+        secure = len(self._settings.listen)
+        return [
+            *(_Listener(sock) for sock in sockets[:secure]),
+            *(
+                _Listener(sock, number, tuple(network(a) for a in plaintext[number].addresses))
+                for number, sock in enumerate(sockets[secure:])
+            ),
+        ]
 
     def _end(self) -> None:
         self._stopping = True
@@ -210,6 +226,7 @@ class _Gate:
                 worker.child.signal(signal.SIGKILL)
             if worker.child.is_due():
                 self._lose(worker)
+                self._numbers.restarted()
                 self._selector.register(worker.start(replaces=True), selectors.EVENT_READ, worker)
         if self._reload or self._files() != self._stamp:
             self._reload = False
@@ -217,6 +234,7 @@ class _Gate:
             self._stamp = self._files()
             self._kept = ""
             self._asked = {worker for worker in self._workers if worker.send(Message("reload"))}
+            self._numbers.read_certificates()
         self._tell_refused()
         if not self._warned or time.monotonic() - self._warned > _WARN_SECONDS:
             self._warn()
@@ -224,6 +242,12 @@ class _Gate:
             self._tell_space()
         except OSError as error:
             log.error("free space cannot be measured: %s", error)
+        self._numbers.turn(
+            ready=sum(worker.ready for worker in self._workers),
+            connections=sum(len(worker.connections) for worker in self._workers),
+            receiving=not self._short,
+            room=self._watch.room,
+        )
 
     def _warn(self) -> None:
         self._warned = time.monotonic()
@@ -280,6 +304,8 @@ class _Gate:
                 worker.send(Message(kind, message.number))
             case "used":
                 self._used(channel.content(message, Use))
+            case "counted":
+                self._numbers.add(channel.content(message, Counted))
             case "ready":
                 worker.ready = True
                 self._peers = message.number
@@ -331,8 +357,9 @@ class _Gate:
             return
         with sock:
             if reason := self._pass_on(listener, sock, found):
-                log.warning("connection from %s closed: %s", _name(found), reason)
-                refused = Refused(_name((found[0], 0)), reason)
+                log.warning("connection from %s closed: %s", listeners.text(found), reason)
+                self._numbers.turned_away(meter.LISTENER)
+                refused = Refused(listeners.text((found[0], 0)), reason)
                 if refused in self._refused or len(self._refused) < _REFUSED_LIMIT:
                     self._refused[refused] = self._refused.get(refused, 0) + 1
 
@@ -346,9 +373,9 @@ class _Gate:
         if hosts.count(found[0]) >= self._settings.maximum_per_address:
             return "the limit of connections from one address is reached"
         self._count += 1
-        message = Message("connection", self._count, _name(found))
+        message = Message("connection", self._count, listeners.text(found))
         if listener.plaintext is not None:
-            message = Message("plaintext", self._count, f"{listener.plaintext} {_name(found)}")
+            message = Message("plaintext", self._count, f"{listener.plaintext} {listeners.text(found)}")
         for worker in sorted(self._workers, key=lambda w: len(w.connections)):
             if worker.ready and worker.send(message, sock.fileno()):
                 worker.connections[self._count] = found[0]
@@ -359,20 +386,3 @@ class _Gate:
         config = self._config
         files = (config.certificate, config.private_key, *config.trust, *config.crls)
         return peers.stamp(config.peers), [f.stat().st_mtime_ns if f.exists() else 0 for f in files]
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.bind((host, port))
-    sock.setblocking(False)
-    sock.listen(_BACKLOG)
-    return sock
-
-
-def _name(address: tuple[str, int]) -> str:
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -82,6 +82,19 @@ def server_context(certificate: Path, private_key: Path, trust: Trust, peers: Pe
     Raises:
         OSError: A file cannot be read, or is no certificate or key (ssl.SSLError).
     """
+    context = strict_context()
+    context.load_cert_chain(certificate, private_key)
+    for file in trust.files:
+        context.load_verify_locations(file)
+    # As DER: what else a peer file has around a certificate, text or a second one, is not trusted and breaks nothing.
+    pinned = b"".join(_der(pem) for peer in peers.by_title.values() for pem in peer.certificates)
+    if pinned:
+        context.load_verify_locations(cadata=pinned)
+    return context
+
+
+def strict_context() -> ssl.SSLContext:
+    """Return a context without certificates: versions, suites and rules of every connection with TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # Level 2: RSA of 2048 bits at least in every certificate, no SHA-1 in a signature that counts (in one that is
@@ -93,13 +106,6 @@ def server_context(certificate: Path, private_key: Path, trust: Trust, peers: Pe
     context.verify_mode = ssl.CERT_REQUIRED
     # A certificate bound in a peer file is trusted for itself, whoever issued it.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    context.load_cert_chain(certificate, private_key)
-    for file in trust.files:
-        context.load_verify_locations(file)
-    # As DER: what else a peer file has around a certificate, text or a second one, is not trusted and breaks nothing.
-    pinned = b"".join(_der(pem) for peer in peers.by_title.values() for pem in peer.certificates)
-    if pinned:
-        context.load_verify_locations(cadata=pinned)
     return context
 
 

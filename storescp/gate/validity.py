@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
@@ -11,6 +12,7 @@ from storescp import peers
 from storescp.config import Config
 from storescp.gate.crl import CrlError
 from storescp.gate.tls import Trust
+from storescp.snapshot import Ends
 
 # A certificate takes a vendor's visit to replace; a revocation list warns seven days before (crl.py).
 _SOON = timedelta(days=30)
@@ -24,6 +26,29 @@ def warnings(config: Config, now: datetime) -> list[str]:
         now: UTC, with its zone.
     """
     return [*_lists(config, now), *_certificates(config, now), *_plaintext(config)]
+
+
+def ends(config: Config) -> list[Ends]:
+    """Return until when each certificate and list is good, for whoever watches; what cannot be read is left out.
+
+    Of a chain the first end counts, of a peer's certificates the last one; a list without an end has none.
+    """
+    found = []
+    for file in (config.certificate, *config.trust):
+        with contextlib.suppress(OSError, ValueError, x509.InvalidVersion):
+            until = min(c.not_valid_after_utc for c in x509.load_pem_x509_certificates(file.read_bytes()))
+            found.append(Ends("server" if file == config.certificate else "authority", file.name, until.timestamp()))
+    for file in config.crls:
+        with contextlib.suppress(OSError, ValueError):
+            content = file.read_bytes()
+            load = x509.load_pem_x509_crl if content.lstrip().startswith(b"-----") else x509.load_der_x509_crl
+            if (following := load(content).next_update_utc) is not None:
+                found.append(Ends("crl", file.name, following.timestamp()))
+    for peer in peers.read_good(config.peers)[0].by_title.values():
+        if peer.certificates:
+            until = max(_loaded(pem).not_valid_after_utc for pem in peer.certificates)
+            found.append(Ends("peer", peer.ae_title, until.timestamp()))
+    return found
 
 
 def _lists(config: Config, now: datetime) -> list[str]:

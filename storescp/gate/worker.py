@@ -21,6 +21,7 @@ from storescp.gate.channel import ChannelError, Message, Refused
 from storescp.gate.connection import Connections, Policy
 from storescp.gate.crl import CrlError
 from storescp.gate.journal import TRACE, Journal
+from storescp.gate.meter import Meter
 from storescp.gate.quota import Allowances, Hold
 from storescp.gate.receive import Resources
 from storescp.gate.tls import Trust, server_context
@@ -30,6 +31,8 @@ from storescp.peers import PeerError
 _TICK_SECONDS = 0.5
 # How long events for the audit chain collect.
 _FLUSH_SECONDS = 3.0
+# How often the first process is told what was counted.
+_COUNT_SECONDS = 1.0
 # Of a message on the channel; escaped characters take more than one byte there.
 _REASON_LIMIT = 500
 
@@ -64,11 +67,12 @@ def run(config: Config, gate: socket.socket, *, replaces: bool) -> None:
         config.incoming, store_id, PublishedKeys(config.public, config.signing_key), config.public / TRACE
     )
     allowances = Allowances(functools.partial(_tell, gate))
+    meter = Meter(wanted=bool(config.settings.metrics.listen))
     try:
         deposits.check()
         watch = space.Watch(config)
         policy = _policy(config, lenient=replaces)
-        connections = Connections(policy, Resources(settings, deposits, watch, allowances), journal)
+        connections = Connections(policy, Resources(settings, deposits, watch, allowances, meter), journal)
     except (DepositError, PeerError, CrlError, OSError) as error:
         raise StrongroomError(f"the gate cannot start: {error}") from error
     worker = _Worker(config, gate, connections, allowances, watch, journal)
@@ -77,7 +81,7 @@ def run(config: Config, gate: socket.socket, *, replaces: bool) -> None:
     gc.freeze()
     _tell(gate, Message("ready", len(connections.policy.peers.by_title)))
     journal.event("peers-read", peers=peers.digests(config.peers))
-    looked = flushed = time.monotonic()
+    looked = flushed = counted = time.monotonic()
     while worker.serve(looked + _TICK_SECONDS - time.monotonic()):
         if time.monotonic() - looked < _TICK_SECONDS:
             continue
@@ -91,6 +95,10 @@ def run(config: Config, gate: socket.socket, *, replaces: bool) -> None:
         if looked - flushed >= _FLUSH_SECONDS:
             flushed = looked
             journal.flush()
+        if looked - counted >= _COUNT_SECONDS:
+            counted = looked
+            for count in meter.take():
+                _tell(gate, channel.with_content("counted", 0, count))
     allowances.stop()
     connections.drain(settings.drain_seconds)
     deposits.close_all()

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ class Auditor:
         self._peer_files: dict[str, str] | None = None
         self._waiting = ""
         self._chain: Chain | None = None
+        # Who has to see an act before it is done; set once, by who knows it.
+        self.before: Callable[[str, dict[str, Any]], None] = lambda _kind, _fields: None
         self.fault = ""
         self._open()
 
@@ -111,6 +113,7 @@ class Auditor:
         Raises:
             StrongroomError: It cannot be recorded.
         """
+        self.before(kind, fields)
         by = {} if uid is None else {"uid": uid}
         self._append([{"time": _now(), "type": kind, **by, **fields}])
 

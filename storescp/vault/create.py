@@ -29,7 +29,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     ``key_file`` is where a new key file goes; ``passphrase`` makes a slot of its own; ``users`` are the vault's and the
     gate's, where they are two. ``anchor_token`` (MODULE:TOKEN) holds the anchors, where it is not empty; its PIN was
-    typed (``anchor_pin``) or is in a file.
+    typed (``anchor_pin``) or is in a file. ``credential`` names one of this process, which makes a slot, too.
     """
 
     file: Path
@@ -43,6 +43,7 @@ class Plan(msgspec.Struct, frozen=True):
     anchor_token: str = ""
     anchor_pin: str | None = None
     anchor_pin_file: Path | None = None
+    credential: str = ""
 
 
 def create(plan: Plan) -> Config:
@@ -76,6 +77,8 @@ def create(plan: Plan) -> Config:
         secrets.append((slots.parse_key_file(content), "first"))
     if plan.passphrase is not None:
         secrets.append((slots.Passphrase(plan.passphrase), "first"))
+    if plan.credential:
+        secrets.append((slots.Credential(plan.credential), "first"))
 
     FileAnchors(config.anchors).prepare()
     try:

@@ -222,13 +222,13 @@ def current(open_: Open) -> Holds:
     )
 
 
-def held(open_: Open, study: str) -> str:
+def held(open_: Open, study: str, holds: Holds | None = None) -> str:
     """Return which hold a study is under, in words; empty for none.
 
     What of it is in quarantine may be about another patient than the study is known to be, or all of it may be there:
-    a hold on that patient counts, too.
+    a hold on that patient counts, too. ``holds`` are the current ones, if they are at hand.
     """
-    holds = current(open_)
+    holds = holds or current(open_)
     said = holds.on(study, *open_.index.patient_of(study))
     return said or next((found for who in _quarantined(open_, study) if (found := holds.on(study, *who))), "")
 

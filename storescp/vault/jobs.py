@@ -17,12 +17,14 @@ from typing import Any
 
 import msgspec
 
+from storescp import snapshot
 from storescp.errors import FINDINGS, USAGE, StrongroomError, plural
 from storescp.vault.backup import Backups
 from storescp.vault.erase import Erase
 from storescp.vault.expiry import ending
 from storescp.vault.recovery import Recovery
 from storescp.vault.retain import Retain
+from storescp.vault.reviews import Reviews
 from storescp.vault.rotate import Rotate
 from storescp.vault.scrub import Scrub
 from storescp.vault.state import Vault
@@ -55,6 +57,7 @@ def jobs_of(vault: Vault) -> dict[str, Job]:
         "retention": Job(work.retention, "mark what is due by the rules, erase what was long enough", heavy=True),
         "scrub": Job(work.scrub, "read and open the next part of the packs", heavy=True),
         "patch": Job(work.patch, "look how old the oldest unapplied fix is, by what 'patch fetch' brought"),
+        "review": Job(Reviews(vault).run, "what was unusual last week by the audit chain, into reviews/ of the store"),
     }
 
 
@@ -132,6 +135,7 @@ class _Work:
         )
         if done.returncode not in {0, FINDINGS}:
             raise StrongroomError("the patch report failed", hint="'strongroom patch report' says why")
+        self._vault.patches = snapshot.patches_of(done.stdout)
         summary: dict[str, int] = msgspec.json.decode(done.stdout)["summary"]
         for state in ("breach", "unknown"):
             if summary.get(state):

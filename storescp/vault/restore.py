@@ -174,7 +174,8 @@ def restore(
             if all(key.id != source.recovery.id for key in vault.unlocked().ring.body.recovery):
                 Recovery(vault).add(os.geteuid(), source.recovery)
             counts = vault.unlocked().index.counts()
-            if (ca := vault.unlocked().ring.body.authority) and config.trust and not config.certificate.exists():
+            ca = vault.unlocked().ring.body.authority
+            if ca and machine.server_names and config.trust and not config.certificate.exists():
                 issue_server(config, ca, list(machine.server_names))
         finally:
             vault.lock()

@@ -18,7 +18,6 @@ import msgspec
 from storage import retention
 from storage.brakes import brake, clock_brake
 from storage.ledger import Ledger
-from storage.records import Records
 from storage.retention import Kind, Outcome, Rules, Totals
 from storage.sqlite import DatabaseError
 from storescp import clock
@@ -28,53 +27,24 @@ from storescp.vault import holding
 from storescp.vault.erase import Erase
 from storescp.vault.holding import Holding
 from storescp.vault.opened import Open
+from storescp.vault.pending import (
+    KEPT,
+    MARKED,
+    PENDING,
+    Pending,
+    Steps,
+    listed,
+    records_of,
+    step_of,
+)
 from storescp.vault.state import Vault
 
-PENDING, KEPT = "pending", "kept"
-# What a run does with a study that is due.
-MARKED, WAITS, ERASED, TAKEN_BACK = "marked", "waits", "erased", "taken back"
 _BATCH = 500
 _PROGRESS = 50
 _TOLD = 10_000
 _REASON = "retention: {}"
 
 log = logging.getLogger(__name__)
-
-
-class Pending(msgspec.Struct):
-    """A study that is to be erased: since when it is listed, from which day on it may go; times are RFC 3339.
-
-    ``kept_until``: somebody took it back, and it is not marked again before that day. Once a study is erased, nothing
-    here names it.
-    """
-
-    study: str
-    rule: str
-    due: str
-    since: str
-    from_day: str
-    instances: int
-    space: int
-    kept_until: str = ""
-    kept_by: int = -1
-    kept_reason: str = ""
-
-
-class Steps(msgspec.Struct):
-    """What a run does with the studies that are due: how many it marks, lets wait, erases, or leaves to who took them.
-
-    ``marks`` become pending erasure, ``waits`` are and have time left, ``erases`` have none left.
-    """
-
-    marks: int = 0
-    waits: int = 0
-    erases: int = 0
-    taken_back: int = 0
-
-    def count(self, step: str) -> None:
-        """Add a study."""
-        name = {MARKED: "marks", WAITS: "waits", ERASED: "erases", TAKEN_BACK: "taken_back"}[step]
-        setattr(self, name, getattr(self, name) + 1)
 
 
 class _NotDueError(Exception):
@@ -117,7 +87,7 @@ class Retain:
         totals, steps = Totals(), Steps()
         for outcome, step, before in self._steps(on, totals, steps):
             if everything or outcome.verdict.kind not in {Kind.KEPT, Kind.NO_RULE}:
-                yield {"kind": "study", **_said(outcome), "run": step, **_listed(step, before)}
+                yield {"kind": "study", **_said(outcome), "run": step, **listed(step, before)}
         said = {**msgspec.structs.asdict(totals), **msgspec.structs.asdict(steps)}
         yield {"kind": "totals", "on": str(on), **said, "brakes": self._brakes(totals, steps)}
 
@@ -130,7 +100,7 @@ class Retain:
                 step, before = "", None
                 if outcome.verdict.kind is Kind.DUE:
                     before = known.get(outcome.study.uid)
-                    step = _step(before, str(outcome.verdict.due), on)
+                    step = step_of(before, str(outcome.verdict.due), on)
                     steps.count(step)
                 yield outcome, step, before
         finally:
@@ -255,9 +225,9 @@ class Retain:
 
     def _keep(self, marks: list[Pending], on: date) -> int:
         with self._vault.admitting():
-            known = _records(self._vault.unlocked())
+            known = records_of(self._vault.unlocked())
             # As it is now: somebody may have taken one back since it was read.
-            fresh = [mark for mark in marks if _step(known.get(mark.study), mark.due, on) == MARKED]
+            fresh = [mark for mark in marks if step_of(known.get(mark.study), mark.due, on) == MARKED]
             known.put_all((mark.study, mark, PENDING) for mark in fresh)
             return len(fresh)
 
@@ -288,7 +258,7 @@ class Retain:
         after = 0
         while True:
             with self._vault.admitting():
-                page = _records(self._vault.unlocked()).page(state, after=after, limit=_BATCH)
+                page = records_of(self._vault.unlocked()).page(state, after=after, limit=_BATCH)
             if not page:
                 return
             after = page[-1][0]
@@ -299,14 +269,14 @@ class Retain:
         erase = Erase(self._vault)
         with self._vault.admitting():
             open_ = self._vault.unlocked()
-            now = _records(open_).get(pending.study)
+            now = records_of(open_).get(pending.study)
             if now is None or now.kept_until:
                 # Taken back, since the page was read.
                 return False
             before = erase.of_study(pending.study)
             if not open_.index.packs_of(pending.study) and (before is None or before.erased):
                 # It is gone, by an erasure that was interrupted or by another.
-                _records(open_).remove(pending.study)
+                records_of(open_).remove(pending.study)
                 return before is not None
             reason = _REASON.format(pending.rule)
             events = erase.run(uid, pending.study, reason, check=lambda found: self._must_be_due(found, now))
@@ -315,22 +285,26 @@ class Retain:
                 next(events)
             except _NotDueError as error:
                 if error.kind in {Kind.KEPT, Kind.NO_RULE}:
-                    _records(open_).remove(pending.study)
+                    records_of(open_).remove(pending.study)
                 return False
         # Outside: what a gate still has open is waited for, and others get their turn.
         for _ in events:
             pass
         with self._vault.admitting():
-            _records(self._vault.unlocked()).remove(pending.study)
+            records_of(self._vault.unlocked()).remove(pending.study)
         return True
 
     def _must_be_due(self, open_: Open, pending: Pending) -> None:
         facts = next(open_.index.facts(pending.study), None)
         if facts is None or not open_.all_indexed(pending.study):
             raise _NotDueError(Kind.BLOCKED)
-        verdict = retention.assess(facts, self._rules(open_), holding.current(open_), today())
+        holds = holding.current(open_)
+        verdict = retention.assess(facts, self._rules(open_), holds, today())
         if verdict.kind is not Kind.DUE:
             raise _NotDueError(verdict.kind)
+        if holding.held(open_, pending.study, holds):
+            # By what was in quarantine and was accepted: rules know one patient of a study.
+            raise _NotDueError(Kind.HELD)
         if str(verdict.due) > pending.due:
             # Something came since it was marked, and is due by now too: it gets a time of grace of its own.
             raise _NotDueError(Kind.KEPT)
@@ -343,14 +317,14 @@ class Retain:
                     open_ = self._vault.unlocked()
                     gone = [p.study for p in page if not open_.index.packs_of(p.study)]
                     if gone:
-                        _records(open_).remove(*gone)
+                        records_of(open_).remove(*gone)
 
     # --- what is pending
 
     def pending(self) -> list[Pending]:
         """Return the studies that are pending erasure, and those that were taken back."""
         with self._vault.admitting():
-            known = _records(self._vault.unlocked())
+            known = records_of(self._vault.unlocked())
             return [*known.all(PENDING), *known.all(KEPT)]
 
     def take_back(self, uid: int, study: str, until: date, reason: str) -> Pending:
@@ -363,42 +337,20 @@ class Retain:
             raise StrongroomError("taking a study back needs a reason")
         with self._vault.admitting():
             open_ = self._vault.unlocked()
-            found = _records(open_).get(study)
+            found = records_of(open_).get(study)
             if found is None or open_.is_being_erased(study):
                 raise StrongroomError(
                     f"study {study} is not pending erasure", hint="'strongroom retention pending'", status=NOTHING
                 )
             self._vault.auditor.record("erasure-taken-back", uid=uid, study=study, until=str(until), reason=reason)
             found.kept_until, found.kept_by, found.kept_reason = str(until), uid, reason
-            _records(open_).put(study, found, KEPT)
+            records_of(open_).put(study, found, KEPT)
             return found
 
 
 def today() -> date:
     """Return the day in UTC."""
     return datetime.now(UTC).date()
-
-
-def _step(before: Pending | None, due: str, on: date) -> str:
-    """Return what a run on a day does with a study that is due since a day.
-
-    Args:
-        before: What is known of it, if it is pending or was taken back.
-        due: The first day on which it may go; where that is later than it was, something came since.
-        on: The day.
-    """
-    if before is not None and before.kept_until > str(on):
-        return TAKEN_BACK
-    if before is None or before.kept_until or before.due < due:
-        return MARKED
-    return ERASED if before.from_day <= str(on) else WAITS
-
-
-def _listed(step: str, before: Pending | None) -> dict[str, Any]:
-    return {
-        "erased_from": before.from_day if before and step in {WAITS, ERASED} else None,
-        "kept_until": before.kept_until if before and step == TAKEN_BACK else None,
-    }
 
 
 def _said(outcome: Outcome) -> dict[str, Any]:
@@ -414,10 +366,6 @@ def _said(outcome: Outcome) -> dict[str, Any]:
         "packs": study.packs,
         "bytes": study.space,
     }
-
-
-def _records(open_: Open) -> Records[Pending]:
-    return open_.ledger.records("pending", Pending)
 
 
 def _see(ledger: Ledger) -> None:

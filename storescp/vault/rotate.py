@@ -241,7 +241,7 @@ class Rotate:
             keys_db.close()
         if failed:
             raise StrongroomError(
-                f"{plural(failed, 'study key')} cannot be opened, and stay under their version",
+                f"not opened, and still under their version: {plural(failed, 'study key')}",
                 hint="'strongroom verify' names them; restore keys.db from a backup, or erase those packs",
             )
         return done, total
@@ -341,7 +341,7 @@ class Rotate:
             "database": 2 if open_.database_version <= version else 0,
         }
         named = " and ".join(plural(count, what) for what, count in found.items() if count)
-        return f"{named} no longer name it ('strongroom verify' says more)" if named else ""
+        return f"nothing names it; now {named} does ('strongroom verify' says more)" if named else ""
 
     def _out_of_reach(self, version: int) -> str:
         # Before it is recorded that the version is destroyed: its token may not be here.

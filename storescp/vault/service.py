@@ -21,11 +21,14 @@ from storescp.config import Config
 from storescp.control import Server
 from storescp.errors import StrongroomError
 from storescp.harden import check_vault
+from storescp.stopping import Stop
 from storescp.vault.alarms import Alarms
 from storescp.vault.api import Access
 from storescp.vault.api.status import total_loss
 from storescp.vault.erase import Erase
+from storescp.vault.forward import Forward, remember_erasures
 from storescp.vault.jobs import jobs_of
+from storescp.vault.numbers import Numbers
 from storescp.vault.retain import Retain
 from storescp.vault.rotate import Rotate
 from storescp.vault.schedule import Schedule
@@ -46,7 +49,7 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
     Raises:
         StrongroomError: It cannot start.
     """
-    stop = threading.Event()
+    stop = Stop()
     if single is None:
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
         signal.signal(signal.SIGINT, lambda *_: stop.set())
@@ -55,6 +58,7 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
     with _store_lock(config):
         vault = Vault(config)
         vault.after_unlock = Erase(vault).resume
+        remember_erasures(vault)
         vault.background = single is None
         _unlock_by_itself(config, vault)
         schedule = Schedule(vault, jobs_of(vault))
@@ -84,12 +88,13 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
         log.info("stopped")
 
 
-def _work(vault: Vault, schedule: Schedule, stop: threading.Event) -> None:
+def _work(vault: Vault, schedule: Schedule, stop: Stop) -> None:
     """Admit, and do what comes with time, until the vault is to stop."""
     thread = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
     done, looked = True, time.monotonic()
-    alarms = Alarms(vault)
+    watchdog = notify.Watchdog()
+    alarms, numbers, forward = Alarms(vault), Numbers(vault, schedule), Forward(vault)
     # Between two turns whoever waits for the vault's state gets it.
     while not stop.wait(_TICK_SECONDS if done else 0.01):
         try:
@@ -105,6 +110,9 @@ def _work(vault: Vault, schedule: Schedule, stop: threading.Event) -> None:
             done = True
         alarms.turn()
         schedule.tick()
+        forward.turn()
+        numbers.turn()
+        watchdog.turn()
 
 
 def _unlock_by_itself(config: Config, vault: Vault) -> None:

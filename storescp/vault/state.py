@@ -17,6 +17,7 @@ from storage.migrate import upgrade
 from storescp.alerts import Alerts
 from storescp.config import Config
 from storescp.errors import LOCKED, StrongroomError
+from storescp.snapshot import Patches
 from storescp.vault.anchors import anchors_of
 from storescp.vault.auditor import Auditor
 from storescp.vault.opened import Open
@@ -36,6 +37,8 @@ class Vault:
         self.auditor = Auditor(config)
         self.alerts = Alerts(config.outbox)
         self.locked_since = time.time()
+        # What the last patch report of this process counted, for the metrics.
+        self.patches: Patches | None = None
         self._anchors = anchors_of(config)
         self._open: Open | None = None
         self._state = threading.RLock()

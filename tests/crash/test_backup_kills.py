@@ -26,9 +26,9 @@ from storage.backup import Folder
 from storescp import clock
 from storescp.config import load
 from storescp.vault.backup import Backups
+from storescp.vault.drill import drill
 from storescp.vault.erase import Erase
 from storescp.vault.recovery import Recovery
-from storescp.vault.restore import drill
 
 CT = Path(str(get_testdata_file("CT_small.dcm")))
 MR = Path(str(get_testdata_file("MR_small.dcm")))

@@ -11,8 +11,6 @@ import random
 import re
 import shutil
 import signal
-import socket
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +26,6 @@ from storage.archive import Archive
 from storage.index import Index
 from storage.keysdb import KeysDatabase
 from storage.ledger import Ledger
-from storescp.config import load
 from storescp.vault.reencrypt import Reencrypt
 
 EVERY = os.environ.get("STRONGROOM_CRASH") == "all"
@@ -127,19 +124,6 @@ def locked(house: House) -> None:
     house.vault.auditor.close()
 
 
-def wait_listening(server: Server) -> None:
-    """Wait until the vault can be asked: it says that it is unlocked before that."""
-    deadline = time.monotonic() + 60
-    while True:
-        with socket.socket(socket.AF_UNIX) as connection:
-            try:
-                connection.connect(str(load(server.config).socket))
-                return
-            except (FileNotFoundError, ConnectionRefusedError):
-                assert time.monotonic() < deadline, server.log
-        time.sleep(0.01)
-
-
 CALLS = "pwrite64,write,fsync,fdatasync,rename,unlink,ftruncate"
 
 
@@ -164,7 +148,6 @@ def test_a_vault_killed_before_any_system_call_of_a_re_encryption_goes_on_with_i
             shutil.rmtree(server.home / name)
             shutil.copytree(prepared / name, server.home / name)
         server.start("vault")
-        wait_listening(server)
         traced = Attached(server, calls, when)
         done = server.run("keys", "reencrypt", "--all", "--reason", "a test")
         assert when or done.status == 0, (done.out, done.err)

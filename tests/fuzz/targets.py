@@ -52,6 +52,7 @@ from storescp.gate.describe import Describer, split, uid
 from storescp.gate.dimse import CommandError
 from storescp.gate.head import VALUE_LIMIT, WANTED, HeadError, HeadParser
 from storescp.gate.incoming import Origin
+from storescp.gate.meter import Meter
 from storescp.gate.negotiate import Agreement, Context
 from storescp.gate.quota import Allowances
 from storescp.gate.receive import Association, Resources
@@ -513,7 +514,7 @@ def _associated(parts: Iterable[bytes]) -> tuple[str, bytes, list[tuple[object, 
     origin = Origin("ab", "CT1", "STRONGROOM", "192.0.2.1:1024", "")
     agreement = Agreement(b"", _CONTEXTS, MAXIMUM_PDU)
     try:
-        resources = Resources(config.Gate(), outside, outside, Allowances(lambda _: None))
+        resources = Resources(config.Gate(), outside, outside, Allowances(lambda _: None), Meter(wanted=False))
         ending = Association(outside, Reader(MAXIMUM_PDU), agreement, origin, _PEER, resources).run([])
     except WireError:
         # Of two broken rules, the one that shows first depends on the pieces.

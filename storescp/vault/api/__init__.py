@@ -11,6 +11,7 @@ from storescp.vault.api.keys import Keys
 from storescp.vault.api.quarantine import Quarantine
 from storescp.vault.api.recovery import RecoveryRequests
 from storescp.vault.api.requests import Routes
+from storescp.vault.api.review import ReviewRequests
 from storescp.vault.api.status import Status
 from storescp.vault.api.store import Store
 from storescp.vault.schedule import Schedule
@@ -25,7 +26,7 @@ class Access:
     def __init__(self, vault: Vault, schedule: Schedule) -> None:
         self._store = Store(vault)
         self._routes: Routes = self._store.routes()
-        for kind in (Status, Quarantine, Keys, RecoveryRequests, Erasures, Audit):
+        for kind in (Status, Quarantine, Keys, RecoveryRequests, Erasures, Audit, ReviewRequests):
             self._routes |= kind(vault).routes()
         self._routes |= Jobs(schedule).routes()
 

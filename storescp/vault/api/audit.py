@@ -12,6 +12,7 @@ from storescp.errors import StrongroomError
 from storescp.vault.api.requests import Routes
 from storescp.vault.holding import Holding
 from storescp.vault.state import Vault
+from storescp.vault.who import Who
 
 
 class ActRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -26,6 +27,14 @@ class AuditRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     after: int = 0
     types: list[str] = msgspec.field(default_factory=list)
+    since: str = ""
+
+
+class WhoRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Whose studies, or which, and since when (RFC 3339)."""
+
+    patient: str = ""
+    studies: list[str] = msgspec.field(default_factory=list)
     since: str = ""
 
 
@@ -49,6 +58,7 @@ class Audit:
             ("POST", "/v1/acts"): self._act,
             ("GET", "/v1/audit"): self._audit_head,
             ("POST", "/v1/audit"): self._audit,
+            ("POST", "/v1/audit/who"): self._who,
             ("POST", "/v1/audit/restart"): self._audit_restart,
         }
 
@@ -75,6 +85,24 @@ class Audit:
         for record in self._auditor.read(asked.after):
             if (not asked.types or record["type"] in asked.types) and str(record["time"]) >= asked.since:
                 yield record
+
+    def _who(self, request: Request) -> Response:
+        asked: WhoRequest = request.json(WhoRequest)
+        if not asked.patient and not asked.studies:
+            raise StrongroomError("this asks about a patient or a study", hint="name one: --patient, --study")
+        self._vault.unlocked()
+        self._auditor.record(
+            "audit-who", uid=request.uid, patient=asked.patient, studies=asked.studies, since=asked.since
+        )
+        # What arrived until now counts, and the index knows whose it is.
+        self._vault.admit()
+        return lines_response(self._who_rows(asked))
+
+    def _who_rows(self, asked: WhoRequest) -> Iterator[dict[str, Any]]:
+        with self._vault.unlocked().reader() as reader:
+            who = Who(reader.index, asked.patient, asked.studies)
+            yield from who.rows(self._auditor.read(0), asked.since)
+            yield {"kind": "summary", "studies": len(who.studies), "others_erased": who.others_erased}
 
     def _audit_restart(self, request: Request) -> Response:
         asked: RestartRequest = request.json(RestartRequest)
