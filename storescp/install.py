@@ -226,13 +226,14 @@ def removal(options: Options, facts: Facts, given: dict[str, str]) -> list[Step]
         steps.append(Run(("systemctl", "daemon-reload"), "systemd forgets the units"))
     if not steps:
         steps.append(Say("nothing is installed"))
+    data = {folder.path for folder in facts.folders}
     kept = {
         options.config: "configuration, peers, certificates and keys",
         STORE: "the store",
         ANCHORS: "the anchors, without which the store does not open",
         SPOOL: "what waits to be admitted",
     }
-    steps += [Say(f"kept: {path}: {what}") for path, what in kept.items()]
+    steps += [Say(f"kept: {path}: {what}") for path, what in kept.items() if path in data]
     own = ", ".join(name for name in unitfiles.users(given["strongroom.sysusers"]) if name in facts.users)
     return [*steps, Say(f"kept: users and groups {own}, who own these")] if own else steps
 

@@ -293,6 +293,30 @@ def test_a_machine_with_nothing_but_backup_and_shares_gets_the_store_whole(
     assert source_of(tmp_path / "again", house.shares[1:4]).problems() == []
 
 
+@pytest.mark.needs_root
+def test_restored_for_two_users_each_gets_what_is_its_own_and_it_receives(house: House, tmp_path: Path) -> None:
+    # pytest's own folders are closed to other users.
+    folder = Path(tempfile.mkdtemp(prefix="strongroom-two-"))
+    folder.chmod(0o755)
+    new = Server(folder / "s")
+    source = source_of(house.folder, house.shares[:3])
+    with pytest.raises(StrongroomError, match="there is no folder"):
+        list(restore(source, Machine(new.config, new.home / "no" / "k"), house.shares[:3]))
+    try:
+        machine = Machine(new.config, folder / "store.key", ("daemon", "nobody"), ("127.0.0.1",))
+        assert list(restore(source, machine, house.shares[:3]))[-1]["problems"] == []
+        new.set("gate", listen=["127.0.0.1:0"], pack_idle_seconds=1)
+        new.start()
+        fresh = changed(CT, tmp_path, SOPInstanceUID="1.2.3.7")
+        assert send(new, [fresh], folder=house.server.home / "issued" / "CT1") == [0]
+        new.wait_admitted()
+        assert "1.2.3.7" in {row["sop"] for row in new.list()}
+    finally:
+        new.stop(signal.SIGKILL)
+        new.kill_all()
+        shutil.rmtree(folder)
+
+
 def test_a_drill_says_what_it_saw_signs_it_and_leaves_nothing(house: House, tmp_path: Path) -> None:
     carried = shutil.copytree(house.folder, tmp_path / "carried")
     before = everything(carried)

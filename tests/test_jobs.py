@@ -30,7 +30,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(tmp_path_factory.mktemp("s"))
     made.init()
     made.add_peer("CT1")
-    names = ("erase", "export", "expiry")
+    names = ("erase", "export", "expiry", "scrub", "patch", "review")
     made.set("schedule", checkpoint=RARE, backup_folder=str(made.home / "backup"), **dict.fromkeys(names, ""))
     try:
         yield made.start()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -38,7 +41,7 @@ class Scraper:
         return {name.removeprefix("strongroom_"): float(value) for name, _, value in pairs}
 
     def wait(self, **wanted: float) -> dict[str, float]:
-        """Scrape until samples have values; ``__`` stands before the labels. There is no event outside the server."""
+        """Scrape until samples have values, their names and labels with ``_`` between. Outside there is no event."""
         deadline = time.monotonic() + START_SECONDS
         while True:
             found = self.scrape()
@@ -58,6 +61,15 @@ def metered(make_server: Callable[[], Server]) -> Iterator[tuple[Server, Scraper
     server.set("metrics", listen="127.0.0.1:0", seconds=1)
     server.start()
     yield server, Scraper(server.wait_log(r"metrics on (http://\S+)")[1])
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    # pytest's own folders are closed to other users.
+    folder = Path(tempfile.mkdtemp(prefix="strongroom-metrics-"))
+    folder.chmod(0o755)
+    yield folder / "s"
+    shutil.rmtree(folder)
 
 
 def test_a_server_tells_what_it_received_refused_and_holds(metered: tuple[Server, Scraper], tmp_path: Path) -> None:
@@ -88,7 +100,7 @@ def test_a_server_tells_what_it_received_refused_and_holds(metered: tuple[Server
     os.kill(worker, signal.SIGKILL)
     scraper.wait(gate_worker_restarts_total=1, gate_workers_ready=1)
     assert send(server, [changed(CT, tmp_path, SOPInstanceUID="1.2.3.4")]) == [0]
-    found = scraper.wait(store_objects_total_peer_CT1=3, instances=3)
+    found = scraper.wait(store_objects_total_peer_CT1=3, deposits_waiting=0)
     assert found['store_refused_total{peer="CT1",reason="mismatch",status="A900"}'] == 1
 
     # Locked: what waits is told, what is inside is not.
@@ -119,6 +131,26 @@ def test_without_an_address_nothing_is_written_or_served(make_server: Callable[[
     done = server.run("metrics")
     assert (done.status, "metrics.listen" in done.err) == (2, True)
     assert 'strongroom_up{process="gate"} 0\n' in server.ok("metrics", "--once").out
+
+
+@pytest.mark.needs_root
+def test_of_two_users_the_listener_is_the_gates_and_reads_what_both_write(home: Path) -> None:
+    server = Server(home)
+    try:
+        server.init("--vault-user", "daemon", "--gate-user", "nobody")
+        server.set("metrics", listen="127.0.0.1:0", seconds=1)
+        server.start()
+        scraper = Scraper(server.wait_log(r"metrics on (http://\S+)")[1])
+        found = scraper.wait(up_process_gate=1, up_process_vault=1, locked=0)
+        assert found["gate_workers_ready"] == found["gate_workers"]
+        [listener] = server.pids("metrics")
+        nobody = str(pwd.getpwnam("nobody").pw_uid)
+        status = Path(f"/proc/{listener}/status").read_text()
+        assert re.findall(r"(?m)^Uid:\t(\d+)\t(\d+)", status) == [(nobody, nobody)]
+    finally:
+        server.stop(signal.SIGKILL)
+        server.kill_all()
+        server.kill("metrics")
 
 
 # --- its unit

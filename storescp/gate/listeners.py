@@ -20,7 +20,7 @@ _FIRST = 3
 _MOST = 256
 _HINT = (
     "'strongroom install' writes the socket unit as the configuration is; "
-    "then 'systemctl daemon-reload' and 'systemctl restart strongroom-gate.socket'"
+    "docs/install.md, 'The gate's socket', has the commands after it"
 )
 
 Address = tuple[str, int]

@@ -274,6 +274,9 @@ def lay_out(source: Source, config: Config, total: int, packs: Iterable[int]) ->
         if not target.parent.exists():
             target.parent.mkdir(mode=0o700)
         backup.copy_file(generation / name, target)
+        if not target.is_relative_to(config.store_path):
+            # Peers and trust: nothing secret, and the gate's user reads them.
+            target.chmod(0o644)
     if not audit_whole:
         # A new chain begins; what there is of the old one is kept beside it, as 'audit restart' keeps it.
         aside = config.store_path / f"audit-{source.manifest.id}"

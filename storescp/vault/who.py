@@ -41,7 +41,7 @@ class Who:
         self.others_erased = 0
 
     def rows(self, records: Iterable[dict[str, Any]], since: str) -> Iterator[dict[str, Any]]:
-        """Yield what the records say of the patient, the oldest first: ``kind``, ``who``, ``study``, ``instances``.
+        """Yield what the records say of the patient, in no certain order: ``kind``, ``who``, ``study``, ``instances``.
 
         Args:
             records: All of the chain, each with its number.

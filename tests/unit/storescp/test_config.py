@@ -171,9 +171,9 @@ GOOD = config.render(made())
 
 
 def replaced(key: str, value: str) -> str:
-    """Return a good file with one setting's TOML changed."""
+    """Return a good file with one setting's TOML changed; the first of its name."""
     lines = GOOD.splitlines()
-    (place,) = (n for n, line in enumerate(lines) if line.startswith(f"{key} = "))
+    place = next(n for n, line in enumerate(lines) if line.startswith(f"{key} = "))
     return "\n".join([*lines[:place], f"{key} = {value}", *lines[place + 1 :]])
 
 
