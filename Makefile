@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VAR := var
 # Two tests at a time: many wait for each other's processes, and more at a time make waits long.
-JOBS := 2
+JOBS := 3
 CONFIG := $(VAR)/strongroom.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

@@ -22,6 +22,8 @@ KEY, PUBLIC, ACKNOWLEDGED = "forwarder.key", "forwarder.pub", "acknowledged"
 LOCKED = "locked"
 _NAME = re.compile(r"([0-9]{16})-([0-9]{16})\.audit", re.ASCII)
 _SMALL = 1 << 16
+# What the names of files have room for.
+_SEQ_LIMIT = 10**15
 # What one file may hold: as many messages as fit in about this; one more takes at most 32 KiB.
 FILE_BYTES = 1 << 20
 _FILE_LIMIT = 128 << 20
@@ -108,7 +110,9 @@ def acknowledged(folder: Path) -> int:
         found = encoding.decode(content, _Acknowledged)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from error
-    return max(0, found.seq)
+    if not 0 <= found.seq < _SEQ_LIMIT:
+        raise ValueError("a number that no message has")
+    return found.seq
 
 
 def acknowledge(folder: Path, seq: int) -> None:

@@ -13,6 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -327,7 +328,7 @@ class Forward:
         ):
             return True
         taken = _seconds(str(content["time"]))
-        waiting = [path.lstat().st_mtime for path in opened.archive.deposits() if path.exists()]
+        waiting = [written for path in opened.archive.deposits() if (written := _written(path))]
         waited = self._now() - taken
         old = any(written <= taken for written in waiting)
         return not waiting or waited > (_BACKLOG_SECONDS if old else _OPEN_SECONDS)
@@ -406,6 +407,14 @@ def _whose(opened: Open, state: State, study: str) -> Study:
 def _erasure(state: State, erasure: str) -> tuple[str, Study]:
     study, patient, issuer = state.erasures.get(erasure, ["", "", ""])
     return study, Study(patient, issuer)
+
+
+def _written(path: Path) -> float:
+    """Return when a deposit was last written to, 0 for one that is gone."""
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _seconds(text: str) -> float:

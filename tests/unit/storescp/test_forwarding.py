@@ -323,8 +323,11 @@ def test_a_study_that_is_being_erased_keeps_its_patient_until_that_is_told(store
     assert (list(erasures.all()), store.state.erasures) == ([], {})
 
 
-def test_a_damaged_chain_or_folder_stops_no_vault(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    (store.peer / auditspool.ACKNOWLEDGED).write_bytes(b"{}")
+@pytest.mark.parametrize("content", [b"{}", b"\xff", b'{"format":1,"seq":1000000000000000}', b'{"format":1,"seq":-1}'])
+def test_whatever_the_forwarder_leaves_stops_no_vault(
+    store: Store, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    (store.peer / auditspool.ACKNOWLEDGED).write_bytes(content)
     store.record("peer-added", peer="CT1")
     store.turn(3)
     assert [r.message.startswith("audit messages wait: ") for r in caplog.records if r.name == module.__name__] == [
