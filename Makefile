@@ -6,7 +6,7 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 VENV := .venv
 BIN := $(VENV)/bin
 VAR := var
-# Two tests at a time: many wait for each other's processes, and more at a time make waits long.
+# Three tests at a time: many wait for each other's processes, and more at a time make waits long.
 JOBS := 3
 CONFIG := $(VAR)/strongroom.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

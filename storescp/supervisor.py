@@ -34,17 +34,8 @@ def run(config: Config) -> None:
     users = _users(config)
     vault = Child(config, "vault", ["vault"], user=users[0])
     gate = Child(config, "gate", ["gate"], user=users[1])
-    # As the vault's user, who owns the outbox; the unit for systemd has a user of its own.
-    errands = [Child(config, "alert sender", ["alert-sender"], user=users[0])] if config.settings.alerts.sends else []
-    if config.settings.metrics.listen:
-        if users[0] is not None and users[1] is not None:
-            snapshot.prepare(config, users[0], users[1])
-        # As the gate's user: whoever breaks in through this listener finds no more than behind the gate's.
-        errands.append(Child(config, "metrics", ["metrics"], user=users[1]))
-    if config.settings.audit.forward:
-        errands.append(Child(config, "audit forwarder", ["audit-forwarder"], user=users[0]))
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    errands = _errands(config, users)
+    stop.on(signal.SIGTERM, signal.SIGINT)
     signal.signal(signal.SIGHUP, lambda *_: gate.signal(signal.SIGHUP))
     if users[1] is None:
         log.warning(
@@ -71,6 +62,22 @@ def run(config: Config) -> None:
         vault.stop(30.0)
         for errand in errands:
             errand.stop(5.0)
+
+
+def _errands(config: Config, users: tuple[int | None, str | None]) -> list[Child]:
+    """Return the processes that speak to a network besides the gate, those that are configured."""
+    errands = []
+    # As the vault's user, who owns the outbox; the unit for systemd has a user of its own.
+    if config.settings.alerts.sends:
+        errands.append(Child(config, "alert sender", ["alert-sender"], user=users[0]))
+    if config.settings.metrics.listen:
+        if users[0] is not None and users[1] is not None:
+            snapshot.prepare(config, users[0], users[1])
+        # As the gate's user: whoever breaks in through this listener finds no more than behind the gate's.
+        errands.append(Child(config, "metrics", ["metrics"], user=users[1]))
+    if config.settings.audit.forward:
+        errands.append(Child(config, "audit forwarder", ["audit-forwarder"], user=users[0]))
+    return errands
 
 
 def _start(child: Child, stop: Stop) -> None:

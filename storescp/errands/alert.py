@@ -240,8 +240,7 @@ def run(config: Config) -> None:
         StrongroomError: There is nobody to send to, or another sender runs.
     """
     stop = Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop.on(signal.SIGTERM, signal.SIGINT)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     ways = configured(ways_of(config))
     with _alone(config):

@@ -172,8 +172,7 @@ def run(config: Config) -> None:
         StrongroomError: Nothing is configured, a file cannot be used, or another forwarder runs.
     """
     stop = Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop.on(signal.SIGTERM, signal.SIGINT)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     connect = connector(config)
     with _alone(config):

@@ -53,8 +53,7 @@ def run(config: Config) -> None:
     if not address:
         raise StrongroomError("no metrics are configured", hint="set metrics.listen", status=USAGE)
     stop = Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop.on(signal.SIGTERM, signal.SIGINT)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Listener(config) as listener:
         log.info("metrics on http://%s/metrics", listener.address)

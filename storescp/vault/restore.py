@@ -278,16 +278,20 @@ def lay_out(source: Source, config: Config, total: int, packs: Iterable[int]) ->
             # Peers and trust: nothing secret, and the gate's user reads them.
             target.chmod(0o644)
     if not audit_whole:
-        # A new chain begins; what there is of the old one is kept beside it, as 'audit restart' keeps it.
-        aside = config.store_path / f"audit-{source.manifest.id}"
-        aside.mkdir(mode=0o700)
-        for path in (generation / "audit" / Path(name).name for name in chain):
-            if path.is_file() and not path.is_symlink():
-                backup.copy_file(path, aside / path.name)
+        _put_aside(config, source, chain)
     for done in packs:
         yield {"kind": "progress", "done": done, "total": total}
     if not config.file.exists():
         encoding.create(config.file, render(config.settings).encode(), mode=0o644)
+
+
+def _put_aside(config: Config, source: Source, chain: list[str]) -> None:
+    """Keep what there is of a chain beside the one that begins, as 'audit restart' keeps it."""
+    aside = config.store_path / f"audit-{source.manifest.id}"
+    aside.mkdir(mode=0o700)
+    for path in (source.generation / "audit" / Path(name).name for name in chain):
+        if path.is_file() and not path.is_symlink():
+            backup.copy_file(path, aside / path.name)
 
 
 def _place(config: Config, name: str, trusted: dict[str, str]) -> Path | None:

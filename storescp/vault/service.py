@@ -51,8 +51,7 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
     """
     stop = Stop()
     if single is None:
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        signal.signal(signal.SIGINT, lambda *_: stop.set())
+        stop.on(signal.SIGTERM, signal.SIGINT)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     check_vault(config)
     with _store_lock(config):
