@@ -24,6 +24,7 @@ import pki
 import pytest
 from conftest import Server, find_command, send
 from pydicom.data import get_testdata_file
+from test_systemd import _WRITABLE, Machine, installation, owner, real
 
 from storescp import auditspool
 from storescp.config import Config, Settings, Store
@@ -111,13 +112,15 @@ class Rsyslog:
         (folder / "rsyslog.conf").write_text(_CONFIGURATION.format(home=folder, port=self.port, mode=mode))
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Rsyslog:
-        command = [find_command("rsyslogd") or "rsyslogd", "-n", "-f", str(self.home / "rsyslog.conf")]
+    def start(self, *within: str) -> Rsyslog:
+        """Start it and wait until it listens; ``within`` is a command that starts it in a network of its own."""
+        command = [*within, find_command("rsyslogd") or "rsyslogd", "-n", "-f", str(self.home / "rsyslog.conf")]
         with (self.home / "errors").open("w") as errors:
             self._process = subprocess.Popen(
                 [*command, "-i", str(self.home / "pid")], stdout=subprocess.DEVNULL, stderr=errors
             )
-        until(self._listens, "rsyslogd does not listen")
+        if not within:
+            until(self._listens, "rsyslogd does not listen")
         return self
 
     def _listens(self) -> bool:
@@ -603,6 +606,57 @@ def test_the_unit_writes_the_forwarders_folder_alone_and_sees_nothing_of_the_sto
         "/var/lib/strongroom", "/var/lib/strongroom-anchors", "/var/spool/strongroom/incoming", "/run/strongroom",
         "/etc/strongroom/store.key", "/etc/strongroom/tls",
     }  # fmt: skip
+
+
+@pytest.fixture
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine on which the vault's and the gate's units were installed by the guide, and run."""
+    machine = Machine(tmp_path_factory.mktemp("machine"))
+    try:
+        machine.boot()
+        machine.run("bash", "-c", f"set -e; cd /opt/strongroom/code\n{installation()}")
+        yield machine
+    finally:
+        machine.stop()
+
+
+@real
+@pytest.mark.needs("rsyslogd")
+@needs_gtls
+def test_the_forwarder_in_its_unit_delivers_what_the_vault_in_its_own_seals_and_writes_nothing_else(
+    machine: Machine, rsyslog: Rsyslog
+) -> None:
+    folder = machine.root / "etc/strongroom/syslog"
+    folder.mkdir(mode=0o755)
+    for name in ("ca.pem", "forwarder.pem", "forwarder.key"):
+        (folder / name).write_text((rsyslog.home / name).read_text())
+        # Root's own here: the unit's user reads them.
+        (folder / name).chmod(0o644)
+    here = Server(machine.root / "etc/strongroom")
+    here.set(
+        "audit",
+        forward=f"localhost:{rsyslog.port}",
+        trust="syslog/ca.pem",
+        certificate="syslog/forwarder.pem",
+        private_key="syslog/forwarder.key",
+    )
+    log = machine.root / "etc/systemd/system/strongroom-forwarder.service.d/log.conf"
+    log.parent.mkdir()
+    log.write_text("[Service]\nStandardError=append:/run/forwarder.log\n")
+    machine.run("bash", "-c", f"set -e; cd /opt/strongroom/code\n{installation('audit-forwarding.md', 'As a service')}")
+    said = machine.root / "run/forwarder.log"
+    machine.wait(lambda: "audit messages are not delivered" in said.read_text(), "nothing is sent")
+    rsyslog.start("nsenter", f"--target={machine.pid}", "--net")
+    machine.wait(
+        lambda: any(one.event == "110100" for one in rsyslog.arrived()), f"nothing arrives\n{said.read_text()}"
+    )
+    whole(rsyslog)
+    pid = machine.main("forwarder")
+    found = machine.run("sh", "-c", f"{_WRITABLE} || true", pid=pid, user=owner(pid)).split()
+    assert set(found) - {"/dev/mqueue"} == {"/var/spool/strongroom/audit-forwarder"}
+    assert re.findall(r"(?m)^Cap\w+:\t(\w+)$", Path(f"/proc/{pid}/status").read_text()) == ["0" * 16] * 5
+    machine.run("systemctl", "disable", "--now", "strongroom-forwarder")
+    assert (machine.show("forwarder", "ActiveState"), machine.show("forwarder", "Result")) == ("inactive", "success")
 
 
 # --- who did it

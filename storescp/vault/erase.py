@@ -206,6 +206,7 @@ class Erase:
                 erasure.erased = clock.now()
                 self._certify(open_, erasure, {})
                 open_.ledger.set_erasure(erasure)
+                open_.finalized = None
                 self._fence(open_)
             return f"{plural(left, 'pack')} still open in the gate" if left else ""
 
@@ -284,6 +285,10 @@ class Erase:
                 return
             destroyed = {r.old: r.destroyed for r in open_.ledger.rotations() if r.destroyed}
             exports = open_.ledger.exports()
+            # An erasure waits for versions that were alive when it was done: until one more goes, none is final.
+            state = (tuple(destroyed), tuple((made.id, made.retired) for made in exports))
+            if state == open_.finalized:
+                return
             for erasure in open_.ledger.erasures("erased"):
                 if any(v not in destroyed for v in erasure.versions):
                     continue
@@ -293,6 +298,7 @@ class Erase:
                     self._certify(open_, erasure, {v: destroyed[v] for v in erasure.versions})
                     erasure.final = clock.now()
                     open_.ledger.set_erasure(erasure)
+            open_.finalized = state
 
     def _certify(self, open_: Open, erasure: Erasure, destroyed: dict[int, str]) -> None:
         versions = [record for record in open_.ring.body.versions if record.version in erasure.versions]

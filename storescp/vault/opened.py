@@ -49,6 +49,8 @@ class Open:
         self.rotating = threading.Lock()
         # Held while a backup copies packs, and by whoever removes one: what a backup names must not go meanwhile.
         self.packs_lock = threading.Lock()
+        # Which versions were destroyed, and which exports there were, when certificates were last made final.
+        self.finalized: tuple[object, ...] | None = None
         self._retired = Retired({})
         self._readers: queue.SimpleQueue[Reader] = queue.SimpleQueue()
         # Held while readers' connections are lent or given back, and while the databases are exchanged.
