@@ -258,10 +258,10 @@ class Index:
         return (str(row[0]), str(row[1])) if row else ("", "")
 
     def stored_by(self, association: str, study: str) -> dict[str, int]:
-        """Return how many admitted instances of a study came by an association, by their state."""
+        """Return how many instances of a study came by an association, by their state; ``waiting`` for admission."""
         rows = self._db.execute(
-            "SELECT i.state, count(*) FROM instance i JOIN pack p ON p.id = i.pack"
-            " WHERE i.study = ? AND i.association = ? AND p.place <> 'incoming' GROUP BY i.state",
+            "SELECT CASE p.place WHEN 'incoming' THEN 'waiting' ELSE i.state END, count(*)"
+            " FROM instance i JOIN pack p ON p.id = i.pack WHERE i.study = ? AND i.association = ? GROUP BY 1",
             [study, association],
         )
         return {str(state): int(count) for state, count in rows}

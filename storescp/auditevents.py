@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from storescp import auditcodes as codes
 from storescp.auditmessage import (
     MAJOR,
     MINOR,
@@ -26,41 +27,6 @@ from storescp.auditmessage import (
     Object,
     Participant,
 )
-
-_ACTIVITY = Code("110100", "DCM", "Application Activity")
-_LOG_USED = Code("110101", "DCM", "Audit Log Used")
-_ACCESSED = Code("110103", "DCM", "DICOM Instances Accessed")
-_TRANSFERRED = Code("110104", "DCM", "DICOM Instances Transferred")
-_DELETED = Code("110105", "DCM", "DICOM Study Deleted")
-_EXPORT = Code("110106", "DCM", "Export")
-_QUERY = Code("110112", "DCM", "Query")
-_ALERT = Code("110113", "DCM", "Security Alert")
-_AUTHENTICATION = Code("110114", "DCM", "User Authentication")
-
-_START = Code("110120", "DCM", "Application Start")
-_STOP = Code("110121", "DCM", "Application Stop")
-_LOGIN = Code("110122", "DCM", "Login")
-_LOGOUT = Code("110123", "DCM", "Logout")
-_NODE = Code("110126", "DCM", "Node Authentication")
-_NETWORK = Code("110128", "DCM", "Network Configuration")
-_SECURITY = Code("110129", "DCM", "Security Configuration")
-_SOFTWARE = Code("110131", "DCM", "Software Configuration")
-_RESTRICTED = Code("110132", "DCM", "Use of Restricted Function")
-_STOPPED = Code("110133", "DCM", "Audit Recording Stopped")
-_RECORDING = Code("110134", "DCM", "Audit Recording Started")
-_OBJECT = Code("110135", "DCM", "Object Security Attributes Changed")
-_USER = Code("110137", "DCM", "User security Attributes Changed")
-
-_APPLICATION = Code("110150", "DCM", "Application")
-_DESTINATION = Code("110152", "DCM", "Destination Role ID")
-_SOURCE = Code("110153", "DCM", "Source Role ID")
-_STUDY_UID = Code("110180", "DCM", "Study Instance UID")
-_NODE_ID = Code("110182", "DCM", "Node ID")
-_PATIENT_NUMBER = Code("2", "RFC-3881", "Patient Number")
-_URI = Code("12", "RFC-3881", "URI")
-_CRITERIA = Code("10", "RFC-3881", "Search Criteria")
-_RECORD = Code("audit-record", OWN_SCHEME, "Record of the audit chain")
-_HEAD = Code("audit-head", OWN_SCHEME, "Signed head of the audit chain")
 
 _PERSON, _SYSTEM = 1, 2
 _PATIENT_ROLE, _REPORT, _RESOURCE, _QUERY_ROLE = 1, 3, 13, 24
@@ -109,27 +75,27 @@ class Entry(NamedTuple):
 
 
 TABLE = {
-    "vault-started": Entry(_ACTIVITY, _START),
-    "vault-stopped": Entry(_ACTIVITY, _STOP),
-    "configuration-changed": Entry(_ALERT, _SOFTWARE),
-    "unlocked": Entry(_AUTHENTICATION, _LOGIN),
-    "unlock-refused": Entry(_AUTHENTICATION, _LOGIN, outcome=MINOR),
-    "locked": Entry(_AUTHENTICATION, _LOGOUT),
-    **dict.fromkeys(("peer-added", "peer-renewing", "peer-renewed", "peer-removed"), Entry(_ALERT, _NETWORK)),
-    **dict.fromkeys(("peers-read", "peers-changed"), Entry(_ALERT, _NETWORK)),
-    "certificate-issued": Entry(_ALERT, _SECURITY),
-    "connection-refused": Entry(_ALERT, _NODE, outcome=MINOR),
-    "association-ended": Entry(_TRANSFERRED, None, "C"),
-    "instances-refused": Entry(_ALERT, None, outcome=MINOR),
-    "query": Entry(_QUERY, None),
-    "export-begun": Entry(_ACCESSED, None, "R"),
-    "exported": Entry(_EXPORT, None, "R"),
-    "audit-read": Entry(_LOG_USED, None, "R"),
-    "audit-who": Entry(_LOG_USED, None, "R"),
-    "erase-begun": Entry(_ALERT, _RESTRICTED),
-    "erased": Entry(_DELETED, None, "D"),
-    "erasure-final": Entry(_ALERT, _SECURITY),
-    **dict.fromkeys(("slot-added", "slot-removed", "reroot"), Entry(_ALERT, _USER)),
+    "vault-started": Entry(codes.ACTIVITY, codes.START),
+    "vault-stopped": Entry(codes.ACTIVITY, codes.STOP),
+    "configuration-changed": Entry(codes.ALERT, codes.SOFTWARE),
+    "unlocked": Entry(codes.AUTHENTICATION, codes.LOGIN),
+    "unlock-refused": Entry(codes.AUTHENTICATION, codes.LOGIN, outcome=MINOR),
+    "locked": Entry(codes.AUTHENTICATION, codes.LOGOUT),
+    **dict.fromkeys(("peer-added", "peer-renewing", "peer-renewed", "peer-removed"), Entry(codes.ALERT, codes.NETWORK)),
+    **dict.fromkeys(("peers-read", "peers-changed"), Entry(codes.ALERT, codes.NETWORK)),
+    "certificate-issued": Entry(codes.ALERT, codes.SECURITY),
+    "connection-refused": Entry(codes.ALERT, codes.NODE, outcome=MINOR),
+    "association-ended": Entry(codes.TRANSFERRED, None, "C"),
+    "instances-refused": Entry(codes.ALERT, None, outcome=MINOR),
+    "query": Entry(codes.QUERY, None),
+    "export-begun": Entry(codes.ACCESSED, None, "R"),
+    "exported": Entry(codes.EXPORT, None, "R"),
+    "audit-read": Entry(codes.LOG_USED, None, "R"),
+    "audit-who": Entry(codes.LOG_USED, None, "R"),
+    "erase-begun": Entry(codes.ALERT, codes.RESTRICTED),
+    "erased": Entry(codes.DELETED, None, "D"),
+    "erasure-final": Entry(codes.ALERT, codes.SECURITY),
+    **dict.fromkeys(("slot-added", "slot-removed", "reroot"), Entry(codes.ALERT, codes.USER)),
     **dict.fromkeys(
         (
             "recovery-key-added",
@@ -144,20 +110,20 @@ TABLE = {
             "reencrypted",
             "forwarder-key-changed",
         ),
-        Entry(_ALERT, _SECURITY),
+        Entry(codes.ALERT, codes.SECURITY),
     ),
-    **dict.fromkeys(("hold-placed", "hold-released"), Entry(_ALERT, _OBJECT)),
-    "holds-put-back": Entry(_ALERT, _OBJECT, outcome=SERIOUS),
-    **dict.fromkeys(("damage-found", "events-refused"), Entry(_ALERT, None, outcome=SERIOUS)),
-    "damage-healed": Entry(_ALERT, None),
-    "events-dropped": Entry(_ALERT, _STOPPED, outcome=SERIOUS),
-    "audit-broken": Entry(_ALERT, _STOPPED, outcome=MAJOR),
-    "audit-restarted": Entry(_ALERT, _RECORDING, outcome=SERIOUS),
-    "alert-raised": Entry(_ALERT, None, outcome=SERIOUS),
-    "alert-resolved": Entry(_ALERT, None),
+    **dict.fromkeys(("hold-placed", "hold-released"), Entry(codes.ALERT, codes.OBJECT)),
+    "holds-put-back": Entry(codes.ALERT, codes.OBJECT, outcome=SERIOUS),
+    **dict.fromkeys(("damage-found", "events-refused"), Entry(codes.ALERT, None, outcome=SERIOUS)),
+    "damage-healed": Entry(codes.ALERT, None),
+    "events-dropped": Entry(codes.ALERT, codes.STOPPED, outcome=SERIOUS),
+    "audit-broken": Entry(codes.ALERT, codes.STOPPED, outcome=MAJOR),
+    "audit-restarted": Entry(codes.ALERT, codes.RECORDING, outcome=SERIOUS),
+    "alert-raised": Entry(codes.ALERT, None, outcome=SERIOUS),
+    "alert-resolved": Entry(codes.ALERT, None),
 }
 # Whatever else a vault records is something that an admin or the schedule did.
-_OTHER = Entry(_ALERT, _RESTRICTED)
+_OTHER = Entry(codes.ALERT, codes.RESTRICTED)
 # The transfer says it; or it is no event of its own.
 _SILENT = frozenset({"association-begun", "gate-events", "transcript", "gone-with-its-version", "checkpoint"})
 # Of one association; the rest is one message. The gate names no more, and what it says is bounded here all the same.
@@ -199,11 +165,13 @@ def _of(event: dict[str, Any], number: int, source: Source, known: Known) -> Ite
                 "utf-8", "replace"
             )
             yield make.message(
-                about=(Object(str(event.get("level", "")), _CRITERIA, _SYSTEM, _QUERY_ROLE, query=criteria),)
+                about=(Object(str(event.get("level", "")), codes.CRITERIA, _SYSTEM, _QUERY_ROLE, query=criteria),)
             )
         case "audit-read" | "audit-who":
             yield make.message(
-                about=(Object(f"urn:strongroom:{source.store}:audit", _URI, _SYSTEM, _RESOURCE, "Security Audit Log"),)
+                about=(
+                    Object(f"urn:strongroom:{source.store}:audit", codes.URI, _SYSTEM, _RESOURCE, "Security Audit Log"),
+                )
             )
         case _:
             yield make.message()
@@ -260,7 +228,9 @@ class _Making:
         node = "calling" in self.event or "address" in self.event
         taking = self.kind in {"association-ended", "query"}
         giving = self.kind in {"export-begun", "exported"}
-        roles: tuple[Code, ...] = (_DESTINATION,) if taking else (_SOURCE,) if giving else (_APPLICATION,)
+        roles: tuple[Code, ...] = (
+            (codes.DESTINATION,) if taking else (codes.SOURCE,) if giving else (codes.APPLICATION,)
+        )
         server = Participant(
             f"strongroom-{self.source.store}",
             not node and "uid" not in self.event,
@@ -274,9 +244,9 @@ class _Making:
             host = address.rpartition(":")[0] if address.count(":") == 1 or "]" in address else address
             host = host.strip("[]") or address.strip("[]")
             calling = str(self.event.get("calling", "")) or host or UNKNOWN
-            return (Participant(calling, True, (_SOURCE,) if taking else (), "", host, True), server)
+            return (Participant(calling, True, (codes.SOURCE,) if taking else (), "", host, True), server)
         if "uid" in self.event:
-            roles = (_SOURCE,) if taking else (_DESTINATION,) if giving else ()
+            roles = (codes.SOURCE,) if taking else (codes.DESTINATION,) if giving else ()
             return (Participant(f"uid:{self.event['uid']}", True, roles, "", self.source.host), server)
         return (server,)
 
@@ -285,7 +255,7 @@ class _Making:
         fields = [(name, _text(value)) for name, value in self.event.items() if name not in left]
         return Object(
             f"{self.source.store}:{self.number}",
-            _RECORD,
+            codes.RECORD,
             _SYSTEM,
             _RESOURCE,
             self.kind,
@@ -301,14 +271,18 @@ def head(number: int, hash_: bytes, time: str, signature: bytes, source: Source)
         ("signature", signature.hex()),
     )
     return AuditMessage(
-        _HEAD,
+        codes.HEAD,
         (),
         "R",
         time,
         SUCCESS,
-        (Participant(f"strongroom-{source.store}", True, (_APPLICATION,), f"AETITLES={source.title}", source.host),),
+        (
+            Participant(
+                f"strongroom-{source.store}", True, (codes.APPLICATION,), f"AETITLES={source.title}", source.host
+            ),
+        ),
         f"{source.title}@{source.host}",
-        (Object(f"{source.store}:{number}", _RECORD, _SYSTEM, _RESOURCE, "audit-head", details=said),),
+        (Object(f"{source.store}:{number}", codes.RECORD, _SYSTEM, _RESOURCE, "audit-head", details=said),),
     )
 
 
@@ -316,14 +290,14 @@ def vault_locked(since: str, now: str, source: Source, *, over: bool) -> AuditMe
     """Return what the forwarder says by itself: that nothing comes from the vault, or that it does again."""
     kind = "vault-unlocked" if over else "vault-locked"
     return AuditMessage(
-        _ALERT,
-        (_RESTRICTED if over else _STOPPED, Code(kind, OWN_SCHEME, kind.replace("-", " "))),
+        codes.ALERT,
+        (codes.RESTRICTED if over else codes.STOPPED, Code(kind, OWN_SCHEME, kind.replace("-", " "))),
         "E",
         now,
         SUCCESS if over else MINOR,
-        (Participant("strongroom-forwarder", True, (_APPLICATION,), f"AETITLES={source.title}", source.host),),
+        (Participant("strongroom-forwarder", True, (codes.APPLICATION,), f"AETITLES={source.title}", source.host),),
         f"{source.title}@{source.host}",
-        (Object(source.title, _NODE_ID, _SYSTEM, _RESOURCE, kind, details=(("since", since),)),),
+        (Object(source.title, codes.NODE_ID, _SYSTEM, _RESOURCE, kind, details=(("since", since),)),),
         "" if over else "the vault is locked: its audit messages wait until somebody unlocks it",
     )
 
@@ -335,8 +309,8 @@ def _studies(
     counted = ((("instances", instances),) if instances else ()) + tuple(details.items())
     patient = (("issuer", whose.issuer),) if whose.issuer else ()
     return (
-        Object(study or UNKNOWN, _STUDY_UID, _SYSTEM, _REPORT, life_cycle=life_cycle, details=counted),
-        Object(whose.patient or UNKNOWN, _PATIENT_NUMBER, _PERSON, _PATIENT_ROLE, details=patient),
+        Object(study or UNKNOWN, codes.STUDY_UID, _SYSTEM, _REPORT, life_cycle=life_cycle, details=counted),
+        Object(whose.patient or UNKNOWN, codes.PATIENT_NUMBER, _PERSON, _PATIENT_ROLE, details=patient),
     )
 
 

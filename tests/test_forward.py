@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -95,6 +96,15 @@ class Arrived(NamedTuple):
         }
 
 
+def free_port() -> int:
+    """Return a port that stays free while nobody listens: no connection of anybody's begins at one like it."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+
+
 class Rsyslog:
     """A real rsyslog of its own, which takes messages over TLS from whoever has a certificate."""
 
@@ -106,9 +116,7 @@ class Rsyslog:
         self.ca.issue("localhost", names=["localhost"], server=True).save(folder, "localhost")
         self.ca.issue("forwarder.example", names=["forwarder.example"]).save(folder, "forwarder")
         self.messages = folder / "messages"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
+        self.port = free_port()
         (folder / "rsyslog.conf").write_text(_CONFIGURATION.format(home=folder, port=self.port, mode=mode))
         self._process: subprocess.Popen[bytes] | None = None
 

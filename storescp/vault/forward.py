@@ -8,12 +8,13 @@ it: whatever crashes, no number is given to two messages, and no record is left 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,11 +27,11 @@ from keys.versions import store_id_of
 from storage.auditlines import AuditError, Head, Record, place
 from storage.audittail import Tail
 from storage.ledger import Ledger
-from storage.records import Records
 from storage.sqlite import DatabaseError
 from storescp import auditevents, auditmessage, auditspool, clock
 from storescp.auditevents import Known, Source, Stored, Study
 from storescp.auditspool import Message
+from storescp.vault.forwardstate import STATE, Batch, State, Whose, batches, erasures, states
 from storescp.vault.opened import Open
 from storescp.vault.state import Vault
 
@@ -44,58 +45,8 @@ _UNSENT_SECONDS = 900.0
 # How long a message waits until the vault knows whose the instances are, and which were held already.
 _OPEN_SECONDS, _BACKLOG_SECONDS = 120.0, 3600.0
 _GONE_LIMIT = 100_000
-_STATE = "state"
 
 log = logging.getLogger(__name__)
-
-
-class State(msgspec.Struct):
-    """How far it came: the last record, the last message, the last head; and what later records refer to.
-
-    ``erasures``: study, patient and issuer of those that go on. ``gone``: records whose transcript is to come.
-    """
-
-    number: int = 0
-    hash: str = ""
-    seq: int = 0
-    head: int = 0
-    head_time: float = 0.0
-    configuration: str = ""
-    recipient: str = ""
-    erasures: dict[str, list[str]] = msgspec.field(default_factory=dict)
-    gone: list[int] = msgspec.field(default_factory=list)
-    alerts: dict[str, list[str]] = msgspec.field(default_factory=dict)
-
-
-class Batch(msgspec.Struct):
-    """A file of messages that is not delivered yet, and what was known before and after it was made."""
-
-    name: str
-    before: State
-    after: State
-
-
-class Whose(msgspec.Struct):
-    """Whose study is being erased: the message is made when no index knows that any more."""
-
-    erasure: str
-    study: str
-    patient: str
-    issuer: str
-
-
-def remember_erasures(vault: Vault) -> None:
-    """Keep whose study is erased until the messages about it are made; nothing is kept where none are made."""
-
-    def before(kind: str, fields: dict[str, Any]) -> None:
-        opened = vault.opened
-        if kind == "erase-begun" and opened is not None:
-            study, erasure = str(fields["study"]), str(fields["erasure"])
-            # Nobody else uses the ledger: who erases holds the vault's state.
-            _erasures(opened).put(erasure, Whose(erasure, study, *opened.index.patient_of(study)))
-
-    if vault.config.settings.audit.forward:
-        vault.auditor.before = before
 
 
 class Forward:
@@ -134,6 +85,11 @@ class Forward:
             if str(error) != self._said:
                 log.error("audit messages wait: %s", error)
             self._said = str(error)
+        except Exception as error:
+            self._opened = None
+            if self._said != type(error).__name__:
+                log.exception("audit messages cannot be made")
+            self._said = type(error).__name__
         self._turned = time.monotonic()
 
     def _turn(self, opened: Open | None) -> None:
@@ -171,9 +127,9 @@ class Forward:
 
     def _begin(self, opened: Open, delivered: int) -> None:
         """Go on where the ledger says; a batch counts if its file was written."""
-        state = _states(opened).get(_STATE) or State()
+        state = states(opened).get(STATE) or State()
         there = {path.name for _, _, path in auditspool.files(self._out)}
-        for batch in list(_batches(opened).all()):
+        for batch in list(batches(opened).all()):
             if batch.name in there or batch.after.seq <= delivered:
                 state = batch.after if batch.after.seq > state.seq else state
             else:
@@ -182,7 +138,7 @@ class Forward:
                 break
         # A ledger from a backup does not know what was delivered since: numbers are given once.
         state.seq = max(state.seq, delivered)
-        known = {batch.name for batch in _batches(opened).all()}
+        known = {batch.name for batch in batches(opened).all()}
         for name in there - known:
             (self._out / name).unlink(missing_ok=True)
         self._ledger = opened.ledger
@@ -190,11 +146,11 @@ class Forward:
         self._find()
 
     def _rewind(self, opened: Open, batch: Batch) -> State:
-        later = [b.name for b in _batches(opened).all() if b.before.seq >= batch.before.seq]
+        later = [b.name for b in batches(opened).all() if b.before.seq >= batch.before.seq]
         for name in later:
             (self._out / name).unlink(missing_ok=True)
-        _batches(opened).remove(*later)
-        _states(opened).put(_STATE, batch.before)
+        batches(opened).remove(*later)
+        states(opened).put(STATE, batch.before)
         return batch.before
 
     def _find(self) -> None:
@@ -211,17 +167,17 @@ class Forward:
         if state.recipient and state.recipient != recipient.id:
             self._vault.auditor.tell("forwarder-key-changed", before=state.recipient, after=recipient.id)
             log.warning("the forwarder has another key: what waits is sealed anew")
-            if first := next(iter(_batches(opened).all()), None):
+            if first := next(iter(batches(opened).all()), None):
                 self._state = state = self._rewind(opened, first)
                 self._find()
         state.recipient = recipient.id
 
     def _clean(self, opened: Open, delivered: int) -> None:
-        done = [batch.name for batch in _batches(opened).all() if batch.after.seq <= min(delivered, self._state.seq)]
+        done = [batch.name for batch in batches(opened).all() if batch.after.seq <= min(delivered, self._state.seq)]
         for name in done:
             (self._out / name).unlink(missing_ok=True)
         if done:
-            _batches(opened).remove(*done)
+            batches(opened).remove(*done)
 
     def _has_room(self) -> bool:
         waiting = auditspool.files(self._out)
@@ -281,15 +237,15 @@ class Forward:
     def _messages(
         self, opened: Open, number: int, content: dict[str, Any], state: State
     ) -> Iterator[auditmessage.AuditMessage]:
-        kind = content["type"]
+        kind, told = content["type"], str(content["time"])
         known = Known(
             lambda study: _whose(opened, state, study),
-            lambda association, study, count: self._stored(opened, association, study, count),
+            lambda association, study, count: self._stored(opened, association, study, count, _seconds(told)),
             lambda erasure: _erasure(state, erasure),
         )
         if kind == "erase-begun":
             study, erasure = str(content["study"]), str(content["erasure"])
-            whose = _erasures(opened).get(erasure) or Whose(erasure, study, *opened.index.patient_of(study))
+            whose = erasures(opened).get(erasure) or Whose(erasure, study, *opened.index.patient_of(study))
             state.erasures[erasure] = [study, whose.patient, whose.issuer]
         yield from auditevents.messages(content, number, self._source, known)
         if kind == "erased":
@@ -301,15 +257,18 @@ class Forward:
                 yield from auditevents.messages(changed, number, self._source, known)
             state.configuration = configuration
 
-    def _stored(self, opened: Open, association: str, study: str, count: int) -> Stored:
-        states = opened.index.stored_by(association, study)
-        missing = max(0, count - sum(states.values()))
+    def _stored(self, opened: Open, association: str, study: str, count: int, taken: float) -> Stored:
+        found = opened.index.stored_by(association, study)
+        missing = max(0, count - sum(found.values()))
         if not missing:
-            return Stored(states, 0)
-        if opened.index.patient_of(study) == ("", "") and not states:
+            return Stored(found, 0)
+        if _backlog(opened, taken):
+            # Waited for long enough: what nobody looked at may be new.
+            return Stored({**found, "not-looked-at": missing}, 0)
+        if opened.index.patient_of(study) == ("", "") and not found:
             # Erased since, or never admitted: nobody can tell any more.
             return Stored({"not-here": missing}, 0)
-        return Stored(states, missing)
+        return Stored(found, missing)
 
     def _settled(self, opened: Open, content: dict[str, Any]) -> bool:
         """Tell whether everything is admitted that the gate's events are about, or was waited for long enough."""
@@ -323,15 +282,13 @@ class Forward:
             if event["type"] == "association-ended"
             for study, count in auditevents.named_studies(event).items()
         ]
-        if all(
-            sum(opened.index.stored_by(association, study).values()) >= count for association, study, count in stored
-        ):
+        if all(_admitted(opened, association, study) >= count for association, study, count in stored):
             return True
         taken = _seconds(str(content["time"]))
-        waiting = [written for path in opened.archive.deposits() if (written := _written(path))]
         waited = self._now() - taken
-        old = any(written <= taken for written in waiting)
-        return not waiting or waited > (_BACKLOG_SECONDS if old else _OPEN_SECONDS)
+        if not _waiting(opened):
+            return True
+        return waited > (_BACKLOG_SECONDS if _backlog(opened, taken) else _OPEN_SECONDS)
 
     def _head(self, state: State) -> list[Message]:
         """Return a signed head, if it is time for one and the chain went on."""
@@ -346,13 +303,13 @@ class Forward:
 
     def _write(self, opened: Open, recipient: Recipient, made: list[Message], state: State) -> None:
         name = auditspool.name_of(made[0].seq, made[-1].seq)
-        _batches(opened).put(name, Batch(name, self._state, state))
+        batches(opened).put(name, Batch(name, self._state, state))
         sealed = recipient.seal(auditspool.encoded(made), self._store_id, name)
         encoding.replace(self._out / name, sealed, 0o640)
         self._keep(opened, state)
 
     def _keep(self, opened: Open, state: State) -> None:
-        _states(opened).put(_STATE, state)
+        states(opened).put(STATE, state)
         self._state = state
 
     # --- what is wrong
@@ -361,9 +318,9 @@ class Forward:
         """Say what waits too long; put alerts that came or went into the chain, so that they are told elsewhere."""
         alerts, state = self._vault.alerts, self._state
         last = self._vault.auditor.head
-        if last is not None and last.number == state.number and _erasures(opened).count():
+        if last is not None and last.number == state.number and erasures(opened).count():
             # The state has what goes on; what is done nobody needs any more.
-            _erasures(opened).remove(*[whose.erasure for whose in _erasures(opened).all()])
+            erasures(opened).remove(*[whose.erasure for whose in erasures(opened).all()])
         waiting = auditspool.files(self._out)
         late = [path for _, _, path in waiting if self._now() - path.stat().st_mtime > _UNSENT_SECONDS]
         if late or not (self._peer / auditspool.PUBLIC).exists():
@@ -379,18 +336,6 @@ class Forward:
             kind, what = state.alerts.pop(name)
             self._vault.auditor.tell("alert-resolved", alert=kind, what=what)
         self._keep(opened, state)
-
-
-def _states(opened: Open) -> Records[State]:
-    return opened.ledger.records("forward", State)
-
-
-def _batches(opened: Open) -> Records[Batch]:
-    return opened.ledger.records("forward-batch", Batch)
-
-
-def _erasures(opened: Open) -> Records[Whose]:
-    return opened.ledger.records("forward-erasure", Whose)
 
 
 def _spooled(message: auditmessage.AuditMessage, number: int, state: State) -> Message:
@@ -409,12 +354,25 @@ def _erasure(state: State, erasure: str) -> tuple[str, Study]:
     return study, Study(patient, issuer)
 
 
-def _written(path: Path) -> float:
-    """Return when a deposit was last written to, 0 for one that is gone."""
-    try:
-        return path.lstat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+def _admitted(opened: Open, association: str, study: str) -> int:
+    found = opened.index.stored_by(association, study)
+    return sum(found.values()) - found.get("waiting", 0)
+
+
+def _backlog(opened: Open, taken: float) -> bool:
+    """Tell whether a deposit waits for admission that was last written to before a time."""
+    return any(written <= taken for written in _waiting(opened))
+
+
+def _waiting(opened: Open) -> list[float]:
+    """Return when each deposit was last written to; a folder of that name stays for ever, and is none."""
+    times = []
+    for path in opened.archive.deposits():
+        with contextlib.suppress(FileNotFoundError):
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode):
+                times.append(found.st_mtime)
+    return times
 
 
 def _seconds(text: str) -> float:

@@ -26,7 +26,8 @@ from storescp.vault.alarms import Alarms
 from storescp.vault.api import Access
 from storescp.vault.api.status import total_loss
 from storescp.vault.erase import Erase
-from storescp.vault.forward import Forward, remember_erasures
+from storescp.vault.forward import Forward
+from storescp.vault.forwardstate import remember_erasures
 from storescp.vault.jobs import jobs_of
 from storescp.vault.numbers import Numbers
 from storescp.vault.retain import Retain

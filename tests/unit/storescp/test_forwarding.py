@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ from storescp.config import Config, load
 from storescp.forwardsettings import AuditSettings
 from storescp.vault import forward as module
 from storescp.vault.create import Plan, create
-from storescp.vault.forward import Batch, Forward, State, remember_erasures
+from storescp.vault.forward import Forward
+from storescp.vault.forwardstate import Batch, State, Whose, remember_erasures
 from storescp.vault.state import Vault
 
 
@@ -251,6 +253,42 @@ def test_a_chain_that_was_begun_anew_is_told_from_its_beginning(store: Store) ->
     assert [m.seq for m in found] == list(range(last + 1, last + len(found) + 1))
 
 
+ENDED = {
+    "time": "2026-01-31T12:00:00.000000Z", "type": "association-ended", "association": "a1", "calling": "CT1",
+    "address": "10.0.0.1:5", "stored": 3, "refused": 0, "studies": {"1.2.3": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("age", "seconds", "said"), [(-60, 3600.0, "not-looked-at"), (60, 120.0, "not-here")])
+def test_a_transfer_waits_for_what_is_not_admitted_yet_but_not_for_ever_and_keeps_its_place(
+    store: Store, age: int, seconds: float, said: str
+) -> None:
+    deposit = store.config.incoming / ("ab" * 16)
+    # A folder of such a name is no deposit, and is left where it is.
+    (store.config.incoming / ("cd" * 16)).mkdir()
+    deposit.write_bytes(b"no pack, but nobody has looked")
+    store.now = time.time()
+    os.utime(deposit, (store.now + age, store.now + age))
+    store.record("gate-events", file="f", events=[ENDED])
+    store.record("peer-added", peer="CT1")
+    store.turn(2)
+    assert store.take() == []
+    store.now = time.time() + seconds - 30.0
+    store.turn(2)
+    assert "gate-events" not in store.kinds(store.take())
+    store.now = time.time() + seconds + 30.0
+    store.turn(2)
+    found = [m for m in store.take() if not m.head]
+    assert store.kinds(found)[:2] == ["gate-events", "peer-added"]
+    assert (f'type="state-{said}"' in found[0].xml, 'ParticipantObjectID="unknown"' in found[0].xml) == (True, True)
+
+
+def test_a_transfer_that_nothing_waits_for_is_told_at_once(store: Store) -> None:
+    store.record("gate-events", file="f", events=[ENDED])
+    store.turn()
+    assert store.kinds(store.take()) == ["gate-events"]
+
+
 def test_heads_are_signed_and_come_after_their_time_if_anything_was_recorded(store: Store) -> None:
     def heads() -> list[str]:
         store.turn(2)
@@ -309,10 +347,10 @@ def test_messages_that_nobody_takes_become_an_alert(store: Store) -> None:
 
 
 def test_a_study_that_is_being_erased_keeps_its_patient_until_that_is_told(store: Store) -> None:
-    erasures = store.vault.unlocked().ledger.records("forward-erasure", module.Whose)
+    erasures = store.vault.unlocked().ledger.records("forward-erasure", Whose)
     store.record("erase-begun", study="1.2.3", erasure="e1", reason="why")
     assert [(w.study, w.patient) for w in erasures.all()] == [("1.2.3", "")]
-    erasures.put("e1", module.Whose("e1", "1.2.3", "P1", "I1"))
+    erasures.put("e1", Whose("e1", "1.2.3", "P1", "I1"))
     store.record("erased", erasure="e1", packs=1)
     store.turn()
     begun, erased = store.take()
@@ -335,6 +373,20 @@ def test_whatever_the_forwarder_leaves_stops_no_vault(
     ]
     auditspool.acknowledge(store.peer, 0)
     store.turn(2)
+    assert "peer-added" in store.kinds(store.take())
+
+
+def test_a_state_that_nobody_understands_stops_no_vault(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = store.vault.unlocked().ledger
+    good = store.state
+    store.new()
+    ledger.records("forward-batch", Whose).put("x", Whose("a", "b", "c", "d"))
+    store.turn(3)
+    assert len([r for r in caplog.records if r.name == module.__name__]) == 1
+    ledger.records("forward-batch", Whose).remove("x")
+    store.set_state(good)
+    store.record("peer-added", peer="CT1")
+    store.turn()
     assert "peer-added" in store.kinds(store.take())
 
 
