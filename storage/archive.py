@@ -235,7 +235,8 @@ class Archive:
     def clear(self, known: Callable[[str], bool]) -> None:
         """At a start: remove copies under way that no key record stands for."""
         for path in self._admitting.iterdir():
-            path.unlink()
+            if not path.is_dir():
+                path.unlink()
         for folder in (self._objects, self._quarantine):
             for path in list(folder.rglob("*.new")):
                 name = path.name.removesuffix(".new")

@@ -24,6 +24,11 @@ class Holds:
         if "" in self._studies or "" in self._patients:
             raise ValueError("a hold names no study or patient")
 
+    @property
+    def on_patients(self) -> bool:
+        """Tell whether any patient is held."""
+        return bool(self._patients)
+
     def on(self, study: str, patient_id: str, issuer: str) -> str:
         """Return which hold a study is under, in words; empty for none.
 

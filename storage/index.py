@@ -20,7 +20,7 @@ from storage.attributes import Attributes
 from storage.pack import Frame
 from storage.packfile import Record
 from storage.search import NAMES, Filters, fold, statement
-from storage.sqlite import Database, Migrations, connect, copy, transaction
+from storage.sqlite import Database, Migrations, checkpoint, connect, copy, transaction
 from storage.studyfacts import ALL, ONE, StudyFacts, gather
 
 # Column of the index, tag of the data set.
@@ -393,7 +393,7 @@ class Index:
 
     def forget(self) -> None:
         """Write what was changed into the file, so that the log in front of it holds nothing old."""
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        checkpoint(self._db)
 
     def archived_packs(self) -> set[str]:
         """Return the packs that are known to lie in the archive."""

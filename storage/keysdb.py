@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from keys.versions import StudyKeyPlace
-from storage.sqlite import Database, Migrations, connect, copy, transaction
+from storage.sqlite import Database, Migrations, checkpoint, connect, copy, transaction
 
 _MIGRATIONS = Migrations("keys")
 
@@ -146,7 +146,7 @@ class KeysDatabase:
         with transaction(self._db):
             for pack_id in pack_ids:
                 self._db.execute("DELETE FROM study_key WHERE pack_id = ?", [pack_id])
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        checkpoint(self._db)
 
     def find(self, pack_id: str) -> StudyKeyRecord | None:
         """Return a pack's record, or None."""
@@ -217,7 +217,7 @@ class KeysDatabase:
 
     def forget(self) -> None:
         """Write what was changed into the file, so that the log in front of it holds nothing old."""
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        checkpoint(self._db)
 
     def admitted(self, after: int, limit: int) -> list[StudyKeyRecord]:
         """Return records in the order of their admission, those behind a number, at most so many."""

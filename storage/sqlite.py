@@ -21,7 +21,10 @@ from sqlite_utils.migrations import Migrations  # noqa: E402
 
 from keys import encoding  # noqa: E402
 
-__all__ = ["Database", "DatabaseError", "Migrations", "connect", "copy", "remove", "transaction"]
+__all__ = ["Database", "DatabaseError", "Migrations", "checkpoint", "connect", "copy", "remove", "transaction"]
+
+# How long to wait for another process that writes.
+_BUSY_SECONDS = 30
 
 DatabaseError: type[Exception] = sqlcipher3.DatabaseError
 
@@ -40,7 +43,7 @@ def connect(path: Path, key: tuple[bytes, bytes] | None = None, *, immutable: bo
     if immutable:
         place = f"{path.absolute().as_uri()}?immutable=1"
         return Database(sqlcipher3.connect(place, uri=True, isolation_level=None, check_same_thread=False))
-    connection = sqlcipher3.connect(str(path), isolation_level=None, check_same_thread=False, timeout=30)
+    connection = sqlcipher3.connect(str(path), isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
     try:
         if key is not None:
             # Not PRAGMA key: that text reaches trace callbacks.
@@ -87,6 +90,15 @@ def remove(path: Path) -> None:
     """Remove a database with the files beside it."""
     for end in ("", "-wal", "-shm"):
         path.with_name(path.name + end).unlink(missing_ok=True)
+
+
+def checkpoint(database: Database) -> None:
+    """Write the log into the file and cut it, unless somebody reads: nobody waits for a reader that takes its time."""
+    database.execute("PRAGMA busy_timeout = 0")
+    try:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    finally:
+        database.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
 
 
 @contextlib.contextmanager

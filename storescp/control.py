@@ -7,6 +7,7 @@ for one command.
 from __future__ import annotations
 
 import contextlib
+import errno
 import grp
 import json
 import logging
@@ -15,6 +16,7 @@ import pwd
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ _BODY_LIMIT = 1 << 20
 _CONNECTION_LIMIT = 64
 _SOCKET_PATH_LIMIT = 100
 _FAILURE = "x-failure"
+# A client that takes nothing for so long is gone.
+_SEND_SECONDS = 300
 
 log = logging.getLogger(__name__)
 
@@ -139,12 +143,23 @@ class Server:
         while self._listening is not None:
             try:
                 connection, _ = self._listening.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._listening.fileno() < 0 or error.errno in {errno.EINVAL, errno.EBADF}:
+                    return
+                log.error("a control connection cannot be accepted: %s", error.strerror)
+                time.sleep(0.1)
+                continue
             if not self._slots.acquire(blocking=False):
                 connection.close()
                 continue
-            threading.Thread(target=self._run, args=(connection,), daemon=True).start()
+            # Who stops reading holds what the operation holds: backups, the schedule, erasures.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
+            try:
+                threading.Thread(target=self._run, args=(connection,), daemon=True).start()
+            except RuntimeError as error:
+                log.error("a control connection is refused: %s", error)
+                self._slots.release()
+                connection.close()
 
     def _run(self, connection: socket.socket) -> None:
         try:

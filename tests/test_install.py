@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -309,19 +310,18 @@ def check_units(root: Path, scratch: Path) -> None:
 
 
 @pytest.mark.needs_root
-def test_an_ordinary_user_makes_a_scratch_root_without_owners_and_is_told(tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and folder.name.startswith("pytest-"):
-            folder.chmod(0o755)
-    tmp_path.chmod(0o755)
-    root = tmp_path / "root"
-    root.mkdir()
-    os.chown(root, 65534, 65534)
-    said = command("--root", root, "--program", PROGRAM, "--with-pki", user="nobody")
-    assert "WARNING: skip users and groups" in said
-    assert "WARNING: skip the owners of folders" in said
-    assert load(root / "etc/strongroom/strongroom.toml").settings.gate.user == "strongroom-gate"
-    assert (root / "var/lib/strongroom").stat().st_mode & 0o7777 == 0o700
+def test_an_ordinary_user_makes_a_scratch_root_without_owners_and_is_told() -> None:
+    # pytest's own folders are closed to other users.
+    with tempfile.TemporaryDirectory(prefix="strongroom-install-") as name:
+        root = Path(name) / "root"
+        root.mkdir()
+        root.parent.chmod(0o755)
+        os.chown(root, 65534, 65534)
+        said = command("--root", root, "--program", PROGRAM, "--with-pki", user="nobody")
+        assert "WARNING: skip users and groups" in said
+        assert "WARNING: skip the owners of folders" in said
+        assert load(root / "etc/strongroom/strongroom.toml").settings.gate.user == "strongroom-gate"
+        assert (root / "var/lib/strongroom").stat().st_mode & 0o7777 == 0o700
 
 
 def test_a_store_whose_key_cannot_be_encrypted_leaves_nothing_behind(

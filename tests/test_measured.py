@@ -100,7 +100,7 @@ def test_a_server_tells_what_it_received_refused_and_holds(metered: tuple[Server
     os.kill(worker, signal.SIGKILL)
     scraper.wait(gate_worker_restarts_total=1, gate_workers_ready=1)
     assert send(server, [changed(CT, tmp_path, SOPInstanceUID="1.2.3.4")]) == [0]
-    found = scraper.wait(store_objects_total_peer_CT1=3, deposits_waiting=0)
+    found = scraper.wait(store_objects_total_peer_CT1=3, instances=3, deposits_waiting=0)
     assert found['store_refused_total{peer="CT1",reason="mismatch",status="A900"}'] == 1
 
     # Locked: what waits is told, what is inside is not.

@@ -262,6 +262,6 @@ def _make(folder: Path, config: Config) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True)
         owner = config.store_path.stat().st_uid
-        os.chown(folder, owner, pwd.getpwuid(owner).pw_gid)
+        os.chown(folder, owner, pwd.getpwuid(owner).pw_gid, follow_symlinks=False)
     except OSError as error:
         raise StrongroomError(f"{folder} cannot be made: {error.strerror}") from error

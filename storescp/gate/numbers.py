@@ -12,6 +12,8 @@ from storescp.gate.status import Reason
 from storescp.snapshot import GateNumbers, Pace, Received, Writer
 
 # AE titles that are told apart; a gate knows its peers, and a worker that is broken into makes up no more than these.
+# Of what a broken worker may say: more is no number that anybody reads.
+_MOST = 1 << 62
 _TITLES = 10_000
 _REASONS = frozenset({*Reason.__members__, meter.UNRECOGNIZED})
 
@@ -49,8 +51,8 @@ class Numbers:
             return
         peer = numbers.peers.setdefault(counted.title, Received())
         peer.associations += counted.associations
-        peer.objects += counted.objects
-        peer.bytes += counted.bytes
+        peer.objects = min(peer.objects + counted.objects, _MOST)
+        peer.bytes = min(peer.bytes + counted.bytes, _MOST)
         for reason, count in counted.refused.items():
             if reason in _REASONS:
                 peer.refused[reason] = peer.refused.get(reason, 0) + count

@@ -219,7 +219,14 @@ class _Gate:
                     self._wakeup.recv(64)
 
     def _look(self) -> None:
-        """Do what is done twice a second: dead workers, changed files, free space."""
+        """Do what is done twice a second; what fails is tried again, and ends no association."""
+        try:
+            self._look_at_everything()
+        except OSError as error:
+            log.error("workers and files cannot be looked at: %s", error)
+
+    def _look_at_everything(self) -> None:
+        """Look at dead workers, changed files, free space."""
         for worker in self._workers:
             if worker.channel is None and time.monotonic() - worker.lost_at > _LINGER_SECONDS:
                 # One that cannot be reached any more serves nobody who is counted.

@@ -104,6 +104,8 @@ class Admission:
         self._retired = retired
         self._lock = threading.Lock()
         self._said: set[str] = set()
+        # Closed deposits that could not be looked at when it was last tried: what is in them is not known.
+        self.stuck: set[str] = set()
         self._interrupted = False
         self._names_synced = False
         self._listed: dict[str, float] = {}
@@ -140,6 +142,8 @@ class Admission:
                     for decision in self._ledger.decisions():
                         self._apply(decision)
                     self._index.filled()
+                    # What could not be read just now is tried once more.
+                    self._interrupted = True
                     log.info("the index is whole")
                     break
                 if not self._names_synced:
@@ -189,6 +193,7 @@ class Admission:
             self.must_be_filled()
             self._recover()
             deposits = self._archive.deposits()
+            self.stuck.clear()
             admitted = sum(self._look_at(path) for path in deposits)
             self._tidy({path.name for path in deposits})
         return admitted
@@ -230,6 +235,10 @@ class Admission:
             with PackFile(path, write=not self._copies) as file:
                 if self._retired.refuses(file.header.version, path.name):
                     raise pack.PackError("it names a key version that was retired before it came")
+                if not self._has_room(path):
+                    # Who erases to make room must find what of the study waits.
+                    self._list_open(file)
+                    return False
                 if file.try_lock():
                     return self._admit(file)
                 if not seldom or self._is_long_open(path.name):
@@ -240,7 +249,16 @@ class Admission:
             # It may have got as far as its key record: what is recorded but not indexed is finished at the next look.
             self._interrupted = True
             if path.exists():
+                self.stuck.add(path.name)
                 self._say_once(path.name, f"deposit {path.name} is not admitted yet: {error}")
+        return False
+
+    def _has_room(self, path: Path) -> bool:
+        """Tell whether the archive has room for a deposit."""
+        if self._room(path.lstat().st_size if self._copies else 0):
+            self._said.discard("room")
+            return True
+        self._say_once("room", "the archive has no room for what waits; deposits stay where they are")
         return False
 
     def _acceptable(self, path: Path) -> bool:
@@ -259,10 +277,6 @@ class Admission:
             raise pack.PackError("it is a sparse file")
         if found.st_nlink != 1 and self._copies:
             raise pack.PackError("it has more than one name")
-        if not self._room(found.st_size if self._copies else 0):
-            self._say_once("room", "the archive has no room for what waits; deposits stay where they are")
-            return False
-        self._said.discard("room")
         return True
 
     def _is_long_open(self, pack_id: str) -> bool:

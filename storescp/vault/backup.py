@@ -60,6 +60,10 @@ class Backups:
             raise StrongroomError(f"'{path}' is no absolute path", hint="the vault writes it, wherever you are")
         if keep < 0:
             raise StrongroomError(f"{keep} backups cannot be kept", hint="name how many, or 0 for all")
+        real = path.resolve()
+        for ours in (self._config.store_path, self._config.anchors, self._config.incoming.parent):
+            if real.is_relative_to(ours.resolve()) or ours.resolve().is_relative_to(real):
+                raise StrongroomError(f"{path} and {ours} are one in the other", hint="name a folder of its own")
         if not open_.packs_lock.acquire(blocking=False):
             raise StrongroomError("another backup is being made, or packs are being removed", hint="wait until it ends")
         try:

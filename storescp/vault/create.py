@@ -182,8 +182,9 @@ def hand_over(config: Config, users: tuple[str, str], secrets: list[Path]) -> No
     everything = [config.store_path, *config.store_path.rglob("*"), config.anchors, *config.anchors.rglob("*")]
     told = [path for path in (config.outbox, config.alert_state) if path.exists()]
     own = (config.public, *config.public.iterdir(), config.socket.parent, *told)
-    for path in (*everything, *own):
-        os.chown(path, vault.pw_uid, vault.pw_gid)
+    # What is in a folder before the folder: its new owner could put links there, and none is followed.
+    for path in reversed((*everything, *own)):
+        os.chown(path, vault.pw_uid, vault.pw_gid, follow_symlinks=False)
     # The set-group-id bit gives deposits the vault's group, which may read them and remove what it has admitted.
     os.chown(config.incoming, gate.pw_uid, vault.pw_gid)
     config.incoming.chmod(0o2770)

@@ -137,6 +137,16 @@ class Erase:
         if before is not None and not before.erased:
             return before
         open_.admission.must_be_filled()
+        if stuck := open_.admission.stuck:
+            raise StrongroomError(
+                f"{plural(len(stuck), 'deposit')} cannot be looked at, perhaps of this study: nothing was erased",
+                hint="the vault's log says why; mend that, and begin again",
+            )
+        if not open_.all_indexed(study) and holding.current(open_).on_patients:
+            raise StrongroomError(
+                f"not every pack of study {study} can be read, so that a hold on its patient cannot be ruled out",
+                hint="'strongroom verify' says what is wrong; 'strongroom reindex' when it is mended",
+            )
         check(open_)
         if hold := holding.held(open_, study):
             raise StrongroomError(
@@ -292,8 +302,9 @@ class Erase:
             for erasure in open_.ledger.erasures("erased"):
                 if any(v not in destroyed for v in erasure.versions):
                     continue
-                # An export holds the versions' roots: whoever has its shares opens them without any anchor.
-                if not opens(exports, erasure.versions):
+                # An export holds the versions' roots: whoever has its shares opens them without any anchor, also those
+                # of versions that were destroyed before, under which an old backup has the study's keys.
+                if not opens(exports, list(range(1, max(erasure.versions) + 1))):
                     self._vault.auditor.record("erasure-final", erasure=erasure.id)
                     self._certify(open_, erasure, {v: destroyed[v] for v in erasure.versions})
                     erasure.final = clock.now()

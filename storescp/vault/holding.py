@@ -86,6 +86,12 @@ class Holding:
             open_ = self._vault.unlocked()
             if asked.study and open_.is_being_erased(asked.study):
                 raise StrongroomError(f"study {asked.study} is being erased: nothing of it is left to hold")
+            if asked.patient_id and open_.ledger.erasures("begun"):
+                # Its patient is known no more: whether it is this one cannot be told.
+                raise StrongroomError(
+                    "an erasure is under way, perhaps of this patient: the hold would not stop it",
+                    hint="hold the patient's studies by --study now, and place this when the erasure is done",
+                )
             made = msgspec.structs.replace(asked, id=secrets.token_hex(6), uid=uid, placed=clock.now())
             self._vault.auditor.record(_PLACED, uid=uid, hold=_said(made))
             _records(open_).put(made.id, made, ACTIVE)

@@ -46,7 +46,12 @@ def rebuild(
         if not folder.exists():
             folder.mkdir(mode=mode, parents=True)
             folder.chmod(mode)
-    with config.lock.open("ab") as lock:
+    try:
+        # As root, in a folder of another user: no link is followed.
+        descriptor = os.open(config.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise StrongroomError(f"{config.lock} cannot be opened: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -97,6 +102,6 @@ def _hand_over(config: Config) -> None:
         return
     group = pwd.getpwuid(owner.st_uid).pw_gid
     for folder in (config.anchors, config.public):
-        os.chown(folder, owner.st_uid, group)
+        os.chown(folder, owner.st_uid, group, follow_symlinks=False)
     for path in (config.keyring, config.lock, *config.anchors.iterdir(), *config.public.glob("deposit-*.key")):
-        os.chown(path, owner.st_uid, group)
+        os.chown(path, owner.st_uid, group, follow_symlinks=False)

@@ -122,7 +122,10 @@ def settle(archive: Archive, keys_db: KeysDatabase, index: Index, ledger: Ledger
             continue
         quarantined = record.place.pack_id != record.place.key_id
         if not archive.finish(_place_of(archive, move.new, quarantined=quarantined)):
+            # The old one stays: with an older keys.db it still opens.
             log.error("pack %s is recorded, and is not there", move.new)
+            ledger.settle([move], clock.now())
+            continue
         index.move(move.old, move.new, record.place.length)
         with contextlib.suppress(FileNotFoundError):
             archive.remove(_place_of(archive, move.old, quarantined=quarantined))

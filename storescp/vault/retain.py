@@ -269,6 +269,7 @@ class Retain:
         erase = Erase(self._vault)
         with self._vault.admitting():
             open_ = self._vault.unlocked()
+            open_.admission.must_be_filled()
             now = records_of(open_).get(pending.study)
             if now is None or now.kept_until:
                 # Taken back, since the page was read.
@@ -288,8 +289,15 @@ class Retain:
                     records_of(open_).remove(pending.study)
                 return False
         # Outside: what a gate still has open is waited for, and others get their turn.
-        for _ in events:
-            pass
+        try:
+            for _ in events:
+                pass
+        except StrongroomError as error:
+            if self._vault.opened is not open_:
+                raise
+            # It has begun and goes on by itself; the others do not wait for it.
+            log.warning("retention: %s", error)
+            return False
         with self._vault.admitting():
             records_of(self._vault.unlocked()).remove(pending.study)
         return True
@@ -315,7 +323,9 @@ class Retain:
             for page in self._pages(state):
                 with self._vault.admitting():
                     open_ = self._vault.unlocked()
-                    gone = [p.study for p in page if not open_.index.packs_of(p.study)]
+                    # An index that is being filled knows nothing of what is there.
+                    open_.admission.must_be_filled()
+                    gone = [p.study for p in page if not open_.index.packs_of(p.study) and open_.all_indexed(p.study)]
                     if gone:
                         records_of(open_).remove(*gone)
 

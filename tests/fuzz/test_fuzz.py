@@ -28,7 +28,7 @@ needs_atheris = pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None and not os.environ.get("STRONGROOM_NO_SKIP"),
     reason="NOT TESTED: atheris is not installed",
 )
-RUNS = 3000
+RUNS = 1500
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -75,6 +75,11 @@ class Quarantine:
                 raise StrongroomError(
                     f"{asked.id} is of a study under {hold}: nobody discards it", hint="'strongroom hold list'"
                 )
+            if asked.kind == "discard" and not item["opens"] and holding.current(opened).on_patients:
+                raise StrongroomError(
+                    f"{asked.id} does not open, so that a hold on its patient cannot be ruled out",
+                    hint="'strongroom hold list' says which patients are held",
+                )
             if asked.kind == "discard" and opened.packs_lock.locked():
                 raise StrongroomError("a backup is being made, which names this pack", hint="try again when it is done")
             self._auditor.record(
