@@ -70,7 +70,7 @@ STEPS = (
     Step("recovery drill", "recovery drill --from {backup}", "server shares"),
     Step("keys reencrypt", "keys reencrypt --study {study} --reason benchmark"),
     Step("retention plan", "retention plan"),
-    Step("retention run", "retention run --yes"),
+    Step("retention run", "retention run --confirm"),
 )
 
 

@@ -160,7 +160,8 @@ def restore(
             f"{machine.file} and the options do not agree whether gate and vault are two users",
             hint="--vault-user and --gate-user name them where gate.user is set",
         )
-    if not key_file.parent.is_dir():
+    # The configuration's own folder is made.
+    if key_file.parent != machine.file.parent and not key_file.parent.is_dir():
         raise StrongroomError(f"there is no folder {key_file.parent} for the key file")
     try:
         yield from lay_out(source, config, source.manifest.packs, _copied(source, config))
