@@ -104,8 +104,8 @@ class Admission:
         self._retired = retired
         self._lock = threading.Lock()
         self._said: set[str] = set()
-        # Closed deposits that could not be looked at when it was last tried: what is in them is not known.
-        self.stuck: set[str] = set()
+        # Deposits that could not be admitted when it was last tried, each with its study, empty where it is not known.
+        self.stuck: dict[str, str] = {}
         self._interrupted = False
         self._names_synced = False
         self._listed: dict[str, float] = {}
@@ -244,14 +244,25 @@ class Admission:
                 if not seldom or self._is_long_open(path.name):
                     self._list_open(file)
         except (pack.PackError, SealError, AttributesError, UnknownVersionError) as error:
-            self._set_aside(path, str(error))
+            if self._has_room(path):
+                self._set_aside(path, str(error))
+            else:
+                self.stuck[path.name] = ""
         except (KeyringError, AnchorError, OSError, DatabaseError) as error:
             # It may have got as far as its key record: what is recorded but not indexed is finished at the next look.
             self._interrupted = True
             if path.exists():
-                self.stuck.add(path.name)
+                self.stuck[path.name] = self._study_in(path)
                 self._say_once(path.name, f"deposit {path.name} is not admitted yet: {error}")
         return False
+
+    def _study_in(self, path: Path) -> str:
+        """Return the study of a deposit that cannot be admitted, empty where it does not open."""
+        with contextlib.suppress(pack.PackError, SealError, KeyringError, AnchorError, OSError), PackFile(path) as file:
+            for found in self._examiner.deposit(file).records(whole=False, closed=False):
+                if isinstance(found, Record):
+                    return found.attributes.text(attributes.STUDY)
+        return ""
 
     def _has_room(self, path: Path) -> bool:
         """Tell whether the archive has room for a deposit."""

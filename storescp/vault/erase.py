@@ -137,7 +137,7 @@ class Erase:
         if before is not None and not before.erased:
             return before
         open_.admission.must_be_filled()
-        if stuck := open_.admission.stuck:
+        if stuck := [name for name, of in open_.admission.stuck.items() if of in {"", study}]:
             raise StrongroomError(
                 f"{plural(len(stuck), 'deposit')} cannot be looked at, perhaps of this study: nothing was erased",
                 hint="the vault's log says why; mend that, and begin again",
