@@ -689,6 +689,57 @@ def test_a_reroot_that_cannot_be_written_leaves_the_old_keyring(store: Store) ->
         assert store.unlock(secret).header.generation == 1
 
 
+class _DiedError(BaseException):
+    """The process ends here."""
+
+
+def test_a_reroot_that_ends_at_any_of_its_steps_leaves_a_keyring_that_every_slot_opens(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = ("open", "write", "fsync", "fchmod", "rename", "unlink")
+    ends = [0]
+
+    def dying(call: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            ends[0] -= 1
+            if ends[0] == 0:
+                raise _DiedError
+            return call(*arguments, **options)
+
+        return run
+
+    generations = []
+    for step in range(1, 100):
+        copy = Store(Path(shutil.copytree(store.folder, tmp_path / str(step))))
+        opened = copy.unlock()
+        opened.reroot([FILE, WORDS])
+        ends[0] = step
+        with monkeypatch.context() as patch:
+            for name in calls:
+                patch.setattr(encoding.os, name, dying(getattr(encoding.os, name)))
+            try:
+                opened.write(copy.file)
+                done = True
+            except _DiedError:
+                done = False
+        for secret in (FILE, WORDS):
+            after = copy.unlock(secret)
+            found, wanted = secrets_of(after), secrets_of(opened)
+            # All but the header, which has other slots.
+            assert (found[0], found[2:]) == (wanted[0], wanted[2:]), step
+        generations.append(after.header.generation)
+        # What was left of the first does not keep a second from being done.
+        after.reroot([FILE, WORDS])
+        after.write(copy.file)
+        assert copy.unlock().header.generation == generations[-1] + 1, step
+        if done:
+            break
+    # The old one until the new one has its name, and from then on the new one; every step was tried.
+    assert generations == sorted(generations)
+    assert set(generations) == {1, 2}
+    assert len(generations) > 8
+
+
 @needs_token
 def test_a_reroot_takes_all_kinds(store: Store, hsm: SoftHsm, credential: Credential) -> None:
     opened = store.unlock()
