@@ -6,8 +6,8 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 VENV := .venv
 BIN := $(VENV)/bin
 VAR := var
-# Four tests at a time: most wait for each other's processes, and more at a time make waits long.
-JOBS := 4
+# Three tests at a time: many wait for each other's processes, and more at a time make waits long.
+JOBS := 3
 CONFIG := $(VAR)/strongroom.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

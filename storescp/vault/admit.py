@@ -244,7 +244,8 @@ class Admission:
                 if not seldom or self._is_long_open(path.name):
                     self._list_open(file)
         except (pack.PackError, SealError, AttributesError, UnknownVersionError) as error:
-            if self._has_room(path):
+            # What is kept of it is what it has on the disk, whatever length it claims.
+            if self._room(path.lstat().st_blocks * 512):
                 self._set_aside(path, str(error))
             else:
                 self.stuck[path.name] = ""
