@@ -46,7 +46,7 @@ from storescp.config import Config, load
 from storescp.gate.describe import Describer
 from storescp.gate.head import HeadParser
 from storescp.gate.transfer import ENCODINGS
-from storescp.vault.admit import study_tag
+from storescp.vault.filing import study_tag
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = "BENCH"

@@ -279,6 +279,12 @@ class Folder:
                 yield f"pack {name[:32]} of the quarantine is missing"
 
 
+def remove_staging(folder: Path) -> None:
+    """Remove the copies that a backup is made from: a study that is erased must not live on in them."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
 def is_pack(name: str) -> bool:
     """Tell whether a name is a pack's, and so none of another place."""
     return _PACK.fullmatch(name) is not None

@@ -186,7 +186,8 @@ EXPLAINED = {
     **scrubsettings.EXPLAINED,
     "control": "The Unix socket on which this command line talks to the vault.",
     "control.socket": "Its path, at most 100 characters.",
-    "control.group": "A group whose members may use it, besides root and the vault's user, who must be in it.\n"
+    "control.group": "A group whose members may use it, besides root and the vault's user. That user must be in it,\n"
+    "or the socket's folder be the group's, with the set-group-ID bit (as 'strongroom install' makes it).\n"
     "Each is known by the user id: in the audit chain, and where a second approver is wanted.",
     "log": "The log goes to standard error; journald or the supervisor keeps it.",
     "log.format": '"text" or "json".',
@@ -256,6 +257,11 @@ class Config:
     def ledger(self, version: int) -> Path:
         """Return where the ledger of a key version is."""
         return self.store_path / f"ledger-{version}.db"
+
+    @property
+    def backup_staging(self) -> Path:
+        """Where a backup's databases are copied before they leave for the backup's folder."""
+        return self.store_path / "backup.new"
 
     def index(self, version: int) -> Path:
         """Return where the index of a key version is."""

@@ -123,10 +123,12 @@ class Server:
         try:
             self._listening.bind(os.fspath(path))
             if self._group is not None:
-                os.chown(path, -1, self._group.gr_gid)
-                os.chmod(path, 0o660)
                 # Whoever may use the socket must come to it.
-                os.chown(path.parent, -1, self._group.gr_gid)
+                for place in (path, path.parent):
+                    # A folder with the set-group-ID bit has given both: a unit's process may change no owner.
+                    if place.stat().st_gid != self._group.gr_gid:
+                        os.chown(place, -1, self._group.gr_gid)
+                os.chmod(path, 0o660)
         finally:
             os.umask(old_mask)
         self._listening.listen(_CONNECTION_LIMIT)

@@ -19,7 +19,7 @@ ANCHORS = "/var/lib/strongroom-anchors"
 SPOOL = "/var/spool/strongroom"
 RUN = "/run/strongroom"
 NEW = f"{ANCHORS}/new"
-VAULT, GATE = "strongroom-vault", "strongroom-gate"
+VAULT, GATE, ADMIN = "strongroom-vault", "strongroom-gate", "strongroom-admin"
 # What is switched on. The others send something out, or open something: that is asked for.
 ENABLED = (
     "strongroom.target",

@@ -92,6 +92,8 @@ def _configure(options: Options, config: Config) -> None:
     settings = config.settings
     settings.store.path, settings.store.anchors, settings.store.spool = install.STORE, install.ANCHORS, install.SPOOL
     settings.control.socket = f"{install.RUN}/vault.sock"
+    # Empty until somebody joins it.
+    settings.control.group = install.ADMIN
     settings.patch_age.folder = f"{install.SPOOL}/patch"
     settings.gate.user = GATE
     if options.unlock == "credential":

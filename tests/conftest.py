@@ -254,6 +254,12 @@ class Server:
         lines.put(None)
 
 
+def refill(admission: Any) -> None:
+    """Fill an index anew, all at once."""
+    admission.begin_filling()
+    assert admission.fill(float("inf"))
+
+
 @pytest.fixture
 def make_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Make stores; what still runs at the end is killed."""

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -385,7 +386,8 @@ def test_a_drill_that_is_ended_from_outside_leaves_nothing(house: House, tmp_pat
             # It comes no further than the pack, which nobody opens for writing.
             deadline = time.monotonic() + 60
             while not (list(scratch.glob("*/anchors/anchor-*")) and list(scratch.glob("*/store.key"))):
-                assert time.monotonic() < deadline
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                assert time.monotonic() < deadline, [str(path) for path in scratch.rglob("*")]
                 time.sleep(0.01)
             process.send_signal(signal.SIGHUP)
             assert process.wait(60) == 128 + signal.SIGHUP
@@ -817,6 +819,33 @@ def test_a_vault_that_is_locked_makes_no_backup_and_one_locked_in_the_middle_lea
     assert before.items() <= everything(copy.folder).items()
     copy.server.set("unlock", key_file="")
     assert copy.server.run("backup", "--to", copy.folder).status == 4
+
+
+def test_a_medium_that_is_slow_keeps_nobody_waiting(copy: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    with unlocked(copy.server) as vault:
+        staging = load(copy.server.config).backup_staging
+        whole, slow = storage_backup.copy_file, list[str]()
+
+        def copied(source: Path, target: Path) -> int:
+            if target.is_relative_to(copy.folder) and source.parent == staging:
+                # Somebody else's turn, while this copy does not come back.
+                with ThreadPoolExecutor(1) as somebody:
+                    somebody.submit(vault.admit).result(timeout=30)
+                slow.append(source.name)
+            return whole(source, target)
+
+        monkeypatch.setattr(storage_backup, "copy_file", copied)
+        backed_up(vault, copy.folder)
+        assert {"keyring", "keys.db"} < set(slow)
+        assert not staging.exists()
+
+
+def test_copies_that_a_killed_backup_left_are_gone_before_anything_is_erased(copy: House) -> None:
+    staging = load(copy.server.config).backup_staging
+    staging.mkdir()
+    shutil.copy(copy.server.store / "keys.db", staging / "keys.db")
+    with unlocked(copy.server):
+        assert not staging.exists()
 
 
 def test_a_command_that_goes_away_gives_its_lock_back(copy: House, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from storescp import auditspool
 from storescp.config import Config, Settings, Store
 from storescp.errands import syslog
 from storescp.errands.connection import DeliveryError
-from storescp.errands.forward import WINDOW, Forwarder, _alone
+from storescp.errands.forward import WINDOW, Forwarder
 from storescp.forwardsettings import AuditSettings
 
 CT = Path(str(get_testdata_file("CT_small.dcm")))
@@ -488,8 +488,8 @@ class Spool:
         self._last = 0
 
     def new(self) -> Forwarder:
-        with _alone(self.config):
-            return Forwarder(self.config, self.receiver.connect, lambda: self.now)
+        self.config.audit_forwarder.mkdir(exist_ok=True)
+        return Forwarder(self.config, self.receiver.connect, lambda: self.now)
 
     def put(self, count: int) -> Path:
         """Leave messages in the spool as a vault does."""

@@ -22,7 +22,7 @@ from typing import Any
 import pydicom
 import pytest
 from aged import Aged, Day, copy_archive, decide, make_empty, on
-from conftest import Finished, Server, send
+from conftest import Finished, Server, refill, send
 from pydicom.data import get_testdata_file
 from test_reencrypt import reencrypt
 from test_rotate import rotate
@@ -170,7 +170,7 @@ def test_a_hold_on_a_patient_finds_a_study_whose_first_instance_names_none(aged:
     aged.admit()
     for _ in range(2):
         assert aged.vault.unlocked().index.patient_of(A) == ("P", "H1")
-        aged.vault.unlocked().admission.reindex()
+        refill(aged.vault.unlocked().admission)
     place(aged, patient_id="P", issuer="H1")
     assert aged.plan()[A] == ("held", "")
     with pytest.raises(StrongroomError, match="a hold on the patient"):

@@ -390,6 +390,22 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         machine.stop()
 
 
+# What is the machine's own, which no installation changes: disks, clock, other services.
+_OF_THE_MACHINE = {
+    *("anchors", "antivirus", "clock", "core-dumps", "desktop", "disk-encryption", "disk-space", "firewall"),
+    *("key-file", "services", "swap"),
+}
+
+
+@real
+def test_right_after_an_installation_the_doctor_finds_nothing_in_it_to_mend(machine: Machine) -> None:
+    machine.wait(lambda: machine.show("gate", "ActiveState") == "active", "the gate does not start")
+    found = json.loads(machine.run("sh", "-c", f"{PROGRAM} doctor --json || true"))["findings"]
+    mine = [finding for finding in found if finding["practice"] not in _OF_THE_MACHINE]
+    assert [finding for finding in mine if finding["grade"] not in {"ok", "advice"}] == []
+    assert len(mine) >= 18
+
+
 @real
 def test_what_was_installed_unlocks_by_itself_receives_and_admits(machine: Machine) -> None:
     for unit in install.ENABLED:
@@ -467,7 +483,6 @@ def test_the_fetcher_is_a_user_of_its_own_who_writes_the_inbox_alone(machine: Ma
     user = Names(str(machine.root)).users["strongroom-fetch"]
     inbox = machine.root / "var/spool/strongroom/patch/inbox"
     assert {path.stat().st_uid for path in (inbox, *inbox.rglob("*"))} == {user}
-    assert (inbox / "lock").exists()
 
 
 @real
@@ -477,6 +492,48 @@ def test_the_doctor_finds_what_was_installed_in_order(machine: Machine) -> None:
     # What else it finds takes people, time, or another medium, or is this machine's.
     for practice in ("addresses", "modes", "plaintext", "sandbox", "slots", "tls-profile", "users"):
         assert grades[practice] == "ok", [finding for finding in found if finding["practice"] == practice]
+
+
+@real
+def test_who_is_in_the_admins_group_talks_to_the_vault_and_who_leaves_it_does_not(machine: Machine) -> None:
+    machine.run("useradd", "--no-create-home", "--uid", "4711", "ada")
+    ask = ("sh", "-c", f"setpriv --reuid=ada --regid=ada --init-groups {PROGRAM} status 2>&1; true")
+    assert "Permission denied" in machine.run(*ask)
+    machine.run("gpasswd", "--add", "ada", "strongroom-admin")
+    assert "unlocked, key version" in machine.run(*ask)
+    machine.run("gpasswd", "--delete", "ada", "strongroom-admin")
+    assert "Permission denied" in machine.run(*ask)
+
+
+@real
+def test_metrics_and_forwarder_need_their_settings_only(machine: Machine) -> None:
+    config = machine.root / "etc/strongroom/strongroom.toml"
+    before = config.read_text()
+    try:
+        text = re.sub(r'(?s)(\[metrics\].*?\nlisten = )""', r'\1"127.0.0.1:9464"', before, count=1)
+        text = text.replace('\nforward = ""', '\nforward = "localhost:6514"', 1)
+        shutil.copy(machine.root / "etc/strongroom/tls/ca.pem", machine.root / "etc/strongroom/syslog-ca.pem")
+        # The section's own, not the gate's or the alerts'.
+        head, tail = text.split("\n[audit]\n")
+        config.write_text(head + "\n[audit]\n" + tail.replace('\ntrust = ""', '\ntrust = "syslog-ca.pem"', 1))
+        restart(machine, "vault")
+        restart(machine, "gate")
+        machine.run("systemctl", "start", "strongroom-metrics")
+        asking = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9464/metrics').read().decode())"
+        machine.wait(
+            lambda: 'strongroom_up{process="vault"} 1' in machine.run("python3", "-c", asking), "no numbers are served"
+        )
+        machine.run("systemctl", "start", "strongroom-forwarder")
+        key = machine.root / "var/spool/strongroom/audit-forwarder"
+        machine.wait(lambda: any(key.iterdir()), "the forwarder makes no key")
+        assert {path.stat().st_uid for path in key.rglob("*")} == {
+            Names(str(machine.root)).users["strongroom-forwarder"]
+        }
+    finally:
+        config.write_text(before)
+        machine.run("systemctl", "stop", "strongroom-metrics", "strongroom-forwarder")
+        restart(machine, "vault")
+        restart(machine, "gate")
 
 
 @real

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import scu
-from conftest import Server, send
+from conftest import Server, refill, send
 from pydicom.data import get_testdata_file
 from scu import raw_data_set
 from test_erase import OTHER, STUDY, House
@@ -192,7 +192,7 @@ def test_everything_has_new_keys_names_and_bytes_and_is_otherwise_as_it_was(hous
                     frame = house.vault.unlocked().index.of_object(file.read(PAGE + 16, 16))[0].frame
                     list(OpenedPack(file, bytearray(key)).dataset(frame))
     # An index that is built anew says the same; why something was quarantined it cannot know in each case.
-    house.vault.unlocked().admission.reindex()
+    refill(house.vault.unlocked().admission)
     assert {key[:3] for key in contents(house)} == {key[:3] for key in before}
     kinds = [r["type"] for r in house.vault.auditor.read(0) if r["type"].startswith("reencrypt")]
     assert kinds == ["reencrypt-begun", "reencrypted"]
@@ -247,7 +247,7 @@ def test_states_that_somebody_decided_stay_also_in_an_index_that_is_built_anew(h
     for _ in range(2):
         reencrypt(house)
         assert contents(house) == before
-        open_.admission.reindex()
+        refill(open_.admission)
         assert contents(house) == before
         open_.admission.resume()
         assert contents(house) == before

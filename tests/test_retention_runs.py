@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import retention_check
 from aged import Aged, Day, copy_archive, decide, make_archive, make_empty, on
-from conftest import Server
+from conftest import Server, refill
 
 from keys import slots
 from storage.ledger import Ledger
@@ -545,7 +545,7 @@ def test_where_somebody_is_to_decide_all_of_an_erased_study_waits_until_one_is_a
         assert {item["reason"] for item in found} == {
             "its study was erased before, and retention.resent wants a decision"
         }
-        open_.admission.reindex()
+        refill(open_.admission)
         assert aged.states(A) == waits
         chosen = next(item for item in found if item["sop"] == f"{A}.2")
         decide(aged, chosen, "accept")
@@ -557,7 +557,7 @@ def test_where_somebody_is_to_decide_all_of_an_erased_study_waits_until_one_is_a
         held = {f"{A}.{n}" for n in (1, 2, 4)}
         assert {uid for uid, state in aged.states(A) if state == "held"} == held
         states = aged.states(A)
-        open_.admission.reindex()
+        refill(open_.admission)
         assert aged.states(A) == states
         # Erased again: it waits again.
         for item in items(open_.archive, open_.index):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from aged import Aged, copy_archive, make_empty
-from conftest import Server, send
+from conftest import Server, refill, send
 from pydicom.data import get_testdata_file
 from test_reencrypt import reencrypt
 
@@ -334,7 +334,7 @@ def test_an_index_that_is_built_anew_does_not_make_a_missing_pack_good(aged: Age
     aged.admit()
     aged.vault.unlocked().archive.path(pack).unlink()
     assert len(findings(aged)) == 1
-    aged.vault.unlocked().admission.reindex()
+    refill(aged.vault.unlocked().admission)
     assert "good copies" not in steps(aged)
     [known] = damaged(aged)
     assert [o["sop"] for o in known["objects"]] == [f"{A}.1"]

@@ -80,6 +80,7 @@ def fetch_command(given: str | None, /, only: tuple[str, ...], index: str | None
     """
     settings, folder = _folder(config_of(given))
     from storescp.errands import download, fetch
+    from storescp.errands.alone import alone
     from storescp.patch import inventory, system
 
     index = index or settings.index or (fetch.pip_index() if not only or "index" in only else "")
@@ -88,7 +89,8 @@ def fetch_command(given: str | None, /, only: tuple[str, ...], index: str | None
 
     client = download.Client()
     failed = total = 0
-    with fetch.alone(folder):
+    # The vault reads what is there; nothing in it is secret.
+    with alone(folder.inbox, "fetches", 0o755):
         wanted = only or ("osv", "index", "debian")
         outcomes = []
         if "osv" in wanted:

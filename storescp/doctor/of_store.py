@@ -198,12 +198,19 @@ PRACTICES = (
         _patches,
         "most break-ins use holes that had a fix",
         "CISA Known Exploited Vulnerabilities; BSI IT-Grundschutz OPS.1.1.3",
+        of_content=True,
     ),
     Practice(
         "audit-forwarding",
         _audit,
         "who has the machine has its logs: what happened is proved by what left it before",
         "PS3.15 A.5; IHE ATNA; BSI IT-Grundschutz OPS.1.1.5",
+        of_content=True,
     ),
-    Practice("alerts", _alerts, "what goes wrong at night is mended in time only if somebody hears of it"),
+    Practice(
+        "alerts",
+        _alerts,
+        "what goes wrong at night is mended in time only if somebody hears of it",
+        of_content=True,
+    ),
 )

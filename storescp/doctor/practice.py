@@ -7,8 +7,8 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from storescp import clock
-from storescp.doctor.facts import Facts, UnseenError
-from storescp.doctor.findings import OK, UNKNOWN, Finding
+from storescp.doctor.facts import Facts, Unseen, UnseenError
+from storescp.doctor.findings import ADVICE, CRITICAL, OK, UNKNOWN, WARNING, Finding
 from storescp.errors import plural
 
 _NAMED = 5
@@ -23,12 +23,17 @@ class Verdict(NamedTuple):
 
 
 class Practice(NamedTuple):
-    """One practice. ``judge`` is pure; it may raise UnseenError where it needs what was not seen."""
+    """One practice. ``judge`` is pure; it may raise UnseenError where it needs what was not seen.
+
+    ``of_content`` protects what the store holds: it is advice as long as that is nothing, so that a machine on which
+    everything is installed as it should be is told so.
+    """
 
     name: str
     judge: Callable[[Facts], Verdict]
     why: str
     source: str = ""
+    of_content: bool = False
 
     def finding(self, facts: Facts) -> Finding:
         """Return what is found of this practice; what could not be seen is unknown."""
@@ -36,6 +41,8 @@ class Practice(NamedTuple):
             verdict = self.judge(facts)
         except UnseenError as error:
             verdict = Verdict(UNKNOWN, str(error))
+        if self.of_content and verdict.grade in {CRITICAL, WARNING} and _is_empty(facts):
+            verdict = verdict._replace(grade=ADVICE, found=f"before the first study comes: {verdict.found}")
         return Finding(
             practice=self.name,
             grade=verdict.grade,
@@ -44,6 +51,11 @@ class Practice(NamedTuple):
             mend="" if verdict.grade == OK else verdict.mend,
             source=self.source,
         )
+
+
+def _is_empty(facts: Facts) -> bool:
+    """Tell whether nothing was ever admitted; where nobody knows, something was."""
+    return not isinstance(facts.answers.scrub, Unseen) and not facts.answers.scrub.packs
 
 
 def some(names: list[str]) -> str:

@@ -7,10 +7,7 @@ repeats one message. A way that fails is tried again later and later; the others
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import os
 import signal
 import socket
 import time
@@ -23,6 +20,7 @@ from keys import encoding
 from storescp import alerts, clock, notify
 from storescp.alerts import Alert
 from storescp.config import Config
+from storescp.errands.alone import alone
 from storescp.errands.connection import DeliveryError
 from storescp.errands.ways import Message, Way, ways_of
 from storescp.errors import USAGE, StrongroomError
@@ -243,7 +241,7 @@ def run(config: Config) -> None:
     stop.on(signal.SIGTERM, signal.SIGINT)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     ways = configured(ways_of(config))
-    with _alone(config):
+    with alone(config.alert_state, "sends the alerts"):
         sender = Sender(config, ways)
         log.info("alerts go to the log, and by %s", ", ".join(way.label for way in ways))
         notify.ready()
@@ -264,26 +262,6 @@ def configured(ways: list[Way]) -> list[Way]:
             "there is nobody to send alerts to", hint="set alerts.mail or alerts.webhooks", status=USAGE
         )
     return ways
-
-
-@contextlib.contextmanager
-def _alone(config: Config) -> Iterator[None]:
-    """Hold the lock of the sender's own folder: two would tell everything twice."""
-    folder = config.alert_state
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StrongroomError(
-            f"{folder} cannot be used: {error.strerror}", hint="make this folder, for the user that this runs as"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise StrongroomError(f"another process sends the alerts in {config.outbox}") from None
-    finally:
-        os.close(descriptor)
 
 
 def test(config: Config, ways: Sequence[Way]) -> list[dict[str, Any]]:

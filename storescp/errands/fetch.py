@@ -5,11 +5,8 @@ What it brings is checked by who reads it. Debian's packages come through apt, w
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import gzip
 import io
-import os
 import re
 import subprocess
 import sys
@@ -44,28 +41,6 @@ class Outcome(NamedTuple):
     what: str
     state: str
     detail: str = ""
-
-
-@contextlib.contextmanager
-def alone(folder: Folder) -> Iterator[None]:
-    """Keep other fetching processes out of the inbox.
-
-    Raises:
-        StrongroomError: One is running, or the inbox cannot be written.
-    """
-    try:
-        folder.inbox.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder.inbox / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise StrongroomError(f"{folder.inbox} cannot be written: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StrongroomError(f"another process fetches into {folder.inbox}", hint="wait until it ends") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def pip_index() -> str:

@@ -7,8 +7,6 @@ a message may arrive twice, with the same number, and none is left out. A proces
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -27,6 +25,7 @@ from storescp.auditevents import Source
 from storescp.auditspool import Message
 from storescp.config import Config
 from storescp.errands import syslog
+from storescp.errands.alone import alone
 from storescp.errands.connection import DeliveryError
 from storescp.errors import USAGE, StrongroomError
 from storescp.stopping import Stop
@@ -175,7 +174,8 @@ def run(config: Config) -> None:
     stop.on(signal.SIGTERM, signal.SIGINT)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     connect = connector(config)
-    with _alone(config):
+    # The vault reads the public half here.
+    with alone(config.audit_forwarder, "sends the audit messages", 0o755):
         forwarder = Forwarder(config, connect)
         log.info("audit messages go to %s", config.settings.audit.forward)
         notify.ready()
@@ -238,26 +238,3 @@ def _key(config: Config) -> ForwardingKey:
             hint="where it is damaged, remove it: a new one is made, and the vault seals anew what waits",
         ) from error
     return key
-
-
-@contextlib.contextmanager
-def _alone(config: Config) -> Iterator[None]:
-    """Hold the lock of the forwarder's own folder: two would send everything twice."""
-    folder = config.audit_forwarder
-    try:
-        folder.mkdir(mode=0o755, exist_ok=True)
-        # The vault reads the public half here; the umask hides the rest.
-        if folder.stat().st_uid == os.geteuid():
-            folder.chmod(0o755)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StrongroomError(
-            f"{folder} cannot be used: {error.strerror}", hint="make this folder, for the user that this runs as"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise StrongroomError(f"another process sends the audit messages in {config.audit_out}") from None
-    finally:
-        os.close(descriptor)

@@ -73,6 +73,9 @@ class Backups:
         except DatabaseError as error:
             raise StrongroomError(f"no backup was made: {error}", hint="make room there, and begin again") from error
         except OSError as error:
+            # Who unlocks removes the copies that a backup left.
+            with self._step(open_):
+                pass
             user = pwd.getpwuid(os.geteuid()).pw_name
             raise StrongroomError(
                 f"no backup was made: {error.filename or path}: {error.strerror}",
@@ -92,10 +95,10 @@ class Backups:
         yield from self._packs(open_, folder, making, manifest)
         manifest.files = backup.listed(making)
         # Before it has its name: who locked and unlocked meanwhile let packs be removed again.
-        self._still(open_)
+        with self._step(open_):
+            pass
         folder.finish(making, manifest, open_.ring.signing)
-        with self._vault.admitting():
-            self._still(open_)
+        with self._step(open_):
             self._vault.auditor.record("backup-made", uid=uid, backup=name, packs=manifest.packs)
             open_.ledger.set_backup(
                 Backup(
@@ -127,32 +130,38 @@ class Backups:
                 status=PARTLY,
             ) from error
 
-    def _still(self, open_: Open) -> None:
-        if self._vault.opened is not open_:
-            raise StrongroomError("the vault was locked during the backup", hint="unlock it, and begin again")
+    def _step(self, open_: Open) -> contextlib.AbstractContextManager[None]:
+        return self._vault.step(open_, "the backup", "begin again")
 
     def _snapshot(self, open_: Open, uid: int, making: Path, name: str, without_export: str) -> Manifest:
-        """Copy what must be of one moment."""
+        """Copy what must be of one moment, here; then to where the backup lies: that may be slow, or never answer."""
         config = self._config
-        with self._vault.admitting():
-            self._still(open_)
-            # First: what it copies of the ledger names the exports that go with it.
-            if open_.ring.body.recovery:
-                for made, content in Recovery(self._vault).export(uid):
-                    encoding.create(making / f"{made.id}{backup.EXPORT_SUFFIX}", content)
-            elif not without_export.strip():
-                raise StrongroomError(
-                    "there is no recovery key: without an export in it, a backup opens beside these anchors only",
-                    hint="'strongroom recovery init' makes one; --without-export REASON makes the backup all the same",
-                )
-            backup.copy_file(config.keyring, making / "keyring")
-            version = open_.database_version
-            open_.ledger.copy(making / config.ledger(version).name, open_.ring.version(version).ledger_key())
-            open_.keys_db.copy(making / "keys.db")
-            waiting = len(open_.archive.deposits())
-            versions = open_.keys_db.versions()
-            generation = open_.ring.header.generation
-            raw = [p.name for p in open_.archive.quarantine_files() if open_.keys_db.find(p.name) is None]
+        backup.remove_staging(config.backup_staging)
+        staging = config.backup_staging
+        staging.mkdir(mode=0o700)
+        try:
+            with self._step(open_):
+                # First: what it copies of the ledger names the exports that go with it.
+                if open_.ring.body.recovery:
+                    for made, content in Recovery(self._vault).export(uid):
+                        encoding.create(staging / f"{made.id}{backup.EXPORT_SUFFIX}", content)
+                elif not without_export.strip():
+                    raise StrongroomError(
+                        "there is no recovery key: without an export in it, a backup opens beside these anchors only",
+                        hint="'strongroom recovery init' makes one; --without-export REASON makes one without it",
+                    )
+                backup.copy_file(config.keyring, staging / "keyring")
+                version = open_.database_version
+                open_.ledger.copy(staging / config.ledger(version).name, open_.ring.version(version).ledger_key())
+                open_.keys_db.copy(staging / "keys.db")
+                waiting = len(open_.archive.deposits())
+                versions = open_.keys_db.versions()
+                generation = open_.ring.header.generation
+                raw = [p.name for p in open_.archive.quarantine_files() if open_.keys_db.find(p.name) is None]
+            for path in sorted(staging.iterdir()):
+                backup.copy_file(path, making / path.name)
+        finally:
+            backup.remove_staging(config.backup_staging)
         self._settings(making / _SETTINGS)
         packs = list(backup.lengths(making / "keys.db"))
         return Manifest(

@@ -26,7 +26,7 @@ from storescp import clock
 from storescp.config import Config
 from storescp.errors import NOTHING, StrongroomError, plural
 from storescp.vault import holding
-from storescp.vault.admit import study_tag
+from storescp.vault.filing import study_tag
 from storescp.vault.opened import Open
 from storescp.vault.recovery import opens
 from storescp.vault.state import Vault

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import msgspec
 
 from keys.keyring import Keyring
-from storage import sqlite
+from storage import backup, sqlite
 from storage.archive import Archive
 from storage.index import Index
 from storage.keysdb import KeysDatabase
@@ -21,7 +21,8 @@ from storage.retentionrules import QUARANTINE
 from storescp import space
 from storescp.config import Config
 from storescp.errors import StrongroomError
-from storescp.vault.admit import Admission, Retired, study_tag
+from storescp.vault.admit import Admission, Retired
+from storescp.vault.filing import study_tag
 
 
 class Reader(msgspec.Struct, frozen=True):
@@ -168,6 +169,7 @@ class Open:
             else:
                 self.admission.resume()
         self.remove_old_databases()
+        backup.remove_staging(self._config.backup_staging)
 
     def close(self) -> None:
         """Close databases and forget keys."""

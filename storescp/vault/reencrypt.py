@@ -27,8 +27,8 @@ from storage.pack import PackError
 from storage.sqlite import DatabaseError
 from storescp import clock, space
 from storescp.config import Config
-from storescp.errors import LOCKED, NOTHING, StrongroomError, plural
-from storescp.vault.admit import study_tag
+from storescp.errors import NOTHING, StrongroomError, plural
+from storescp.vault.filing import study_tag
 from storescp.vault.opened import Open
 from storescp.vault.repack import Repack, settle
 from storescp.vault.state import Vault
@@ -108,21 +108,8 @@ class Reencrypt:
         finally:
             open_.rotating.release()
 
-    @contextlib.contextmanager
-    def _step(self, open_: Open) -> Iterator[None]:
-        """Keep lock and admission away; a vault that was locked meanwhile has other keys in hand, or none.
-
-        Raises:
-            StrongroomError: It was locked.
-        """
-        with self._vault.admitting():
-            if self._vault.opened is not open_:
-                raise StrongroomError(
-                    "the vault was locked during the re-encryption",
-                    hint=f"'strongroom unlock', then {_GO_ON}",
-                    status=LOCKED,
-                )
-            yield
+    def _step(self, open_: Open) -> contextlib.AbstractContextManager[None]:
+        return self._vault.step(open_, "the re-encryption", _GO_ON)
 
     # --- the beginning
 

@@ -172,7 +172,7 @@ class Retain:
                 yield {"kind": "progress", "done": new, "total": steps.marks}
         due = plural(totals.due, "study", "studies")
         yield {"kind": "step", "text": f"{due} due, {new} of them newly pending erasure"}
-        yield from self._erasing(uid)
+        yield from self._erasing(uid, on)
         self._tidy()
 
     def _intact(self, uid: int) -> None:
@@ -231,17 +231,17 @@ class Retain:
             known.put_all((mark.study, mark, PENDING) for mark in fresh)
             return len(fresh)
 
-    def _erasing(self, uid: int) -> Iterator[dict[str, Any]]:
-        """Erase what is pending and whose time of grace is over; yield what happens."""
-        total = sum(1 for page in self._pages(PENDING) for p in page if p.from_day <= str(today()))
+    def _erasing(self, uid: int, on: date) -> Iterator[dict[str, Any]]:
+        """Erase what is pending and whose time of grace is over on a day, however long it takes; yield what happens."""
+        total = sum(1 for page in self._pages(PENDING) for p in page if p.from_day <= str(on))
         done = left = 0
         for page in self._pages(PENDING):
             for pending in page:
-                if pending.from_day > str(today()):
+                if pending.from_day > str(on):
                     continue
                 if (done + left) % _PROGRESS == 0:
                     yield {"kind": "progress", "done": done + left, "total": total}
-                if self._erase(uid, pending):
+                if self._erase(uid, pending, on):
                     done += 1
                 else:
                     left += 1
@@ -264,7 +264,7 @@ class Retain:
             after = page[-1][0]
             yield [pending for _, pending in page]
 
-    def _erase(self, uid: int, pending: Pending) -> bool:
+    def _erase(self, uid: int, pending: Pending, on: date) -> bool:
         """Erase a study if it is due now; tell whether it was."""
         erase = Erase(self._vault)
         with self._vault.admitting():
@@ -280,7 +280,7 @@ class Retain:
                 records_of(open_).remove(pending.study)
                 return before is not None
             reason = _REASON.format(pending.rule)
-            events = erase.run(uid, pending.study, reason, check=lambda found: self._must_be_due(found, now))
+            events = erase.run(uid, pending.study, reason, check=lambda found: self._must_be_due(found, now, on))
             try:
                 # Decided and begun at once: nobody places a hold, and nothing arrives, between the two.
                 next(events)
@@ -302,12 +302,12 @@ class Retain:
             records_of(self._vault.unlocked()).remove(pending.study)
         return True
 
-    def _must_be_due(self, open_: Open, pending: Pending) -> None:
+    def _must_be_due(self, open_: Open, pending: Pending, on: date) -> None:
         facts = next(open_.index.facts(pending.study), None)
         if facts is None or not open_.all_indexed(pending.study):
             raise _NotDueError(Kind.BLOCKED)
         holds = holding.current(open_)
-        verdict = retention.assess(facts, self._rules(open_), holds, today())
+        verdict = retention.assess(facts, self._rules(open_), holds, on)
         if verdict.kind is not Kind.DUE:
             raise _NotDueError(verdict.kind)
         if holding.held(open_, pending.study, holds):

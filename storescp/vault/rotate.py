@@ -31,7 +31,7 @@ from storage.pack import PAGE, PackError, parse_header
 from storage.sqlite import DatabaseError
 from storescp import clock
 from storescp.config import Config
-from storescp.errors import LOCKED, StrongroomError, plural
+from storescp.errors import StrongroomError, plural
 from storescp.vault.backup import follows
 from storescp.vault.erase import Erase
 from storescp.vault.opened import Open
@@ -116,21 +116,8 @@ class Rotate:
         for text in texts:
             yield {"kind": "pending", "text": text}
 
-    @contextlib.contextmanager
-    def _step(self, open_: Open) -> Iterator[None]:
-        """Keep lock and admission away; a vault that was locked meanwhile has other keys in hand, or none.
-
-        Raises:
-            StrongroomError: It was locked.
-        """
-        with self._vault.admitting():
-            if self._vault.opened is not open_:
-                raise StrongroomError(
-                    "the vault was locked during the rotation",
-                    hint="'strongroom unlock', then 'strongroom keys rotate' goes on where it stopped",
-                    status=LOCKED,
-                )
-            yield
+    def _step(self, open_: Open) -> contextlib.AbstractContextManager[None]:
+        return self._vault.step(open_, "the rotation", "'strongroom keys rotate' goes on where it stopped")
 
     # --- the steps, in their order
 

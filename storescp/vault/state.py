@@ -70,6 +70,25 @@ class Vault:
         with self._state:
             yield self._open
 
+    @contextlib.contextmanager
+    def step(self, open_: Open, doing: str, goes_on: str) -> Iterator[None]:
+        """Keep lock and admission away for a step of something long.
+
+        Args:
+            open_: What was in hand when it began: a vault that was locked meanwhile has other keys, or none.
+            doing: What it is, as in "the rotation".
+            goes_on: How it goes on, in words.
+
+        Raises:
+            StrongroomError: It was locked.
+        """
+        with self._state:
+            if self._open is not open_:
+                raise StrongroomError(
+                    f"the vault was locked during {doing}", hint=f"'strongroom unlock', then {goes_on}", status=LOCKED
+                )
+            yield
+
     def unlock(self, secret: slots.Secret, *, uid: int | None = None) -> None:
         """Open the keyring, finish what a crash interrupted, and begin to admit.
 

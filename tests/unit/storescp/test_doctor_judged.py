@@ -824,3 +824,44 @@ def test_what_was_answered_without_tls_or_certificate_is_graded(kind: str, grade
 def test_one_old_version_that_is_taken_is_enough(old: dict[str, bool | Unseen], grade: str) -> None:
     seen = probe.Seen(plain=probe.Reply(probe.TLS), bare=probe.Reply(probe.CLOSED), shown=DARK, old=old)
     assert next(f.grade for f in exposure.judge(seen, NOW) if f.practice == "old-tls") == grade
+
+
+# --- before the first study
+
+_OF_CONTENT = {"recovery-export", "drill", "backup", "patches", "audit-forwarding", "alerts"}
+
+
+def untended(packs: int) -> Facts:
+    """A store for which nothing was ever done, with so many packs."""
+    bare = msgspec.structs.replace(
+        STORE, settings=settings(audit=AuditSettings(), alerts=AlertSettings()), patches=Patches(fetched=None)
+    )
+    told = msgspec.structs.replace(
+        ANSWERS,
+        recovery=Recovery(keys=[], exports=[]),
+        backups=[],
+        scrub=msgspec.structs.replace(ANSWERS.scrub, packs=packs),
+    )
+    return msgspec.structs.replace(GOOD, store=bare, answers=told)
+
+
+def test_what_protects_content_is_advice_until_there_is_some() -> None:
+    for packs, expected in ((0, {ADVICE}), (1, {CRITICAL, WARNING})):
+        found = {one.practice: one for one in judge.judge(untended(packs)) if one.practice in _OF_CONTENT}
+        assert found.keys() == _OF_CONTENT
+        assert {one.grade for one in found.values()} == expected
+        assert all(("before the first study comes" in one.found) == (not packs) for one in found.values())
+
+
+def test_where_nobody_knows_what_there_is_something_is() -> None:
+    facts = untended(0)
+    facts = msgspec.structs.replace(facts, answers=msgspec.structs.replace(facts.answers, scrub=Unseen("locked")))
+    [backups] = [one for one in judge.judge(facts) if one.practice == "backup"]
+    assert backups.grade == CRITICAL
+
+
+def test_what_is_wrong_with_the_installation_itself_is_no_advice_in_an_empty_store() -> None:
+    facts = untended(0)
+    store = msgspec.structs.replace(facts.store, modes=("/store is open to others",))
+    [modes] = [one for one in judge.judge(msgspec.structs.replace(facts, store=store)) if one.practice == "modes"]
+    assert modes.grade == CRITICAL

@@ -16,7 +16,6 @@ import pytest
 
 from storescp.errands import fetch
 from storescp.errands.download import Client, FetchError
-from storescp.errors import StrongroomError
 from storescp.patch.folder import Folder, Manifest, Origin, load
 from storescp.patch.settings import PatchAge
 
@@ -191,15 +190,6 @@ def test_exports_and_answers_are_handed_over_with_their_origins(site: Site, tmp_
     for file in (folder.feeds("PyPI")[0].with_suffix(".json"), folder.manifest):
         file.write_bytes(b"{")
     assert run() == expected
-
-
-def test_two_do_not_fetch_at_once(tmp_path: Path) -> None:
-    with (
-        fetch.alone(Folder(tmp_path)),
-        pytest.raises(StrongroomError, match="another process"),
-        fetch.alone(Folder(tmp_path)),
-    ):
-        pass
 
 
 def test_a_package_s_size_is_read_from_what_apt_would_fetch() -> None:
