@@ -7,6 +7,7 @@ SQLCipher under a key of the version; part of every backup.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +17,8 @@ from storage.records import Records, prepare
 from storage.sqlite import Database, Migrations, connect, copy, transaction
 
 _MIGRATIONS = Migrations("ledger")
+# How many erasures are read at a time.
+_PAGE = 500
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 
@@ -307,6 +310,27 @@ class Ledger:
         where = f" WHERE state IN ({', '.join('?' * len(states))})" if states else ""
         rows = self._db.execute(f"SELECT content FROM erasure{where} ORDER BY rowid", list(states))  # noqa: S608
         return [msgspec.json.decode(row[0], type=Erasure) for row in rows]
+
+    def count_erasures(self) -> dict[str, int]:
+        """Return how many erasures are in each state."""
+        return dict(self._db.execute("SELECT state, count(*) FROM erasure GROUP BY state").fetchall())
+
+    def each_erasure(self, state: str) -> Iterator[Erasure]:
+        """Yield the erasures in a state, a few at a time: there are as many as studies went in years.
+
+        What was yielded may be changed meanwhile.
+        """
+        after = 0
+        while True:
+            rows = self._db.execute(
+                "SELECT rowid, content FROM erasure WHERE state = ? AND rowid > ? ORDER BY rowid LIMIT ?",
+                [state, after, _PAGE],
+            ).fetchall()
+            if not rows:
+                return
+            after = int(rows[-1][0])
+            for _, content in rows:
+                yield msgspec.json.decode(content, type=Erasure)
 
     def erasure(self, erasure_id: str) -> Erasure | None:
         """Return an erasure, or None."""

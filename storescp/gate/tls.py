@@ -126,7 +126,8 @@ def explain(error: OSError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         words = _NOT_ACCEPTED.get(error.verify_code, error.verify_message)
         return f"the peer's certificate is not accepted: {words}"
-    if isinstance(error, ssl.SSLEOFError) or not isinstance(error, ssl.SSLError):
+    # Without a reason it is the connection that ended (SSL_ERROR_SYSCALL), not something that OpenSSL found.
+    if isinstance(error, ssl.SSLEOFError) or not isinstance(error, ssl.SSLError) or error.reason is None:
         return "the peer closed the connection during the TLS handshake"
     return _WORDS.get(error.reason or "", f"OpenSSL says {error.reason}")
 

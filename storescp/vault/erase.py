@@ -216,7 +216,10 @@ class Erase:
                 erasure.erased = clock.now()
                 self._certify(open_, erasure, {})
                 open_.ledger.set_erasure(erasure)
-                open_.finalized = None
+                destroyed = {r.old for r in open_.ledger.rotations() if r.destroyed}
+                if destroyed.issuperset(erasure.versions):
+                    # Its versions went while it was being done: it waits for no further one.
+                    open_.finalized = None
                 self._fence(open_)
             return f"{plural(left, 'pack')} still open in the gate" if left else ""
 
@@ -299,7 +302,7 @@ class Erase:
             state = (tuple(destroyed), tuple((made.id, made.retired) for made in exports))
             if state == open_.finalized:
                 return
-            for erasure in open_.ledger.erasures("erased"):
+            for erasure in open_.ledger.each_erasure("erased"):
                 if any(v not in destroyed for v in erasure.versions):
                     continue
                 # An export holds the versions' roots: whoever has its shares opens them without any anchor, also those

@@ -82,11 +82,10 @@ class _Work:
         self._vault.unlocked()
         Erase(self._vault).resume()
         with self._vault.admitting():
-            erasures = self._vault.unlocked().ledger.erasures()
-        left = sum(not e.erased for e in erasures)
-        pending = sum(bool(e.erased) and not e.final for e in erasures)
+            counts = self._vault.unlocked().ledger.count_erasures()
+        pending = counts.get("erased", 0)
         yield {"kind": "step", "text": f"{plural(pending, 'certificate')} of erasure pending"}
-        if left:
+        if left := counts.get("begun", 0):
             yield {"kind": "pending", "text": f"{plural(left, 'erasure')} not done yet; the log says what for"}
 
     def export(self, uid: int) -> Iterator[Event]:

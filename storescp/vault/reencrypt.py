@@ -256,8 +256,8 @@ class Reencrypt:
             _LeftError: Something is.
         """
         names = {name for r in records for name in (r.pack_id, r.place.key_id.hex())}
-        for erasure in open_.ledger.erasures():
-            if not erasure.erased and names & {*erasure.packs, *erasure.fenced}:
+        for erasure in open_.ledger.erasures("begun"):
+            if names & {*erasure.packs, *erasure.fenced}:
                 raise _LeftError(f"erasure {erasure.id} concerns it")
         # It would be admitted anew, as if nothing of it were held.
         if any((open_.archive.incoming / name).exists() for name in names):
