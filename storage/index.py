@@ -15,11 +15,14 @@ from typing import Any
 
 import msgspec
 
-from storage import attributes
+from storage import attributes, selection
 from storage.attributes import Attributes
 from storage.pack import Frame
 from storage.packfile import Record
+from storage.query import Query, Scope, answers
+from storage.query import statement as query_statement
 from storage.search import NAMES, Filters, fold, statement
+from storage.selection import Part, Selected, Selection
 from storage.sqlite import Database, Migrations, checkpoint, connect, copy, transaction
 from storage.studyfacts import ALL, ONE, StudyFacts, gather
 
@@ -138,6 +141,18 @@ def _counting(db: Database) -> None:
 def _waiting(db: Database) -> None:
     # Asked at each look at what waits, and of each study that is to be erased: few packs of very many.
     db.execute("CREATE INDEX waiting_pack ON pack (id) WHERE place = 'incoming'")
+
+
+@_MIGRATIONS(name="6-query")
+def _query(db: Database) -> None:
+    # Each takes the place of one that it begins with. Studies come out in their order without being sorted, patients
+    # are together, and what somebody sees of a study is counted without a look at the rows of instances.
+    db.execute("CREATE INDEX study_dated ON study (study_date, study_time, uid)")
+    db.execute("DROP INDEX idx_study_study_date")
+    db.execute("CREATE INDEX study_patient ON study (patient_id, patient_id_issuer)")
+    db.execute("DROP INDEX idx_study_patient_id")
+    db.execute("CREATE INDEX held_seen ON instance (study, series, calling, sop_class) WHERE state = 'held'")
+    db.execute("DROP INDEX held_series")
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -452,6 +467,33 @@ class Index:
         names = [column[0] for column in cursor.description]
         for row in cursor:
             yield dict(zip(names, row, strict=True))
+
+    def query(self, query: Query, scope: Scope) -> Iterator[dict[str, list[str]]]:
+        """Return what a DICOM query finds: each row has the tags that were asked for, with their values.
+
+        Values are text; component groups of a name are joined with ``=``. Rows come as they are found, in the order of
+        patients, or of study dates and then of numbers; nothing is looked up before the first is asked for.
+
+        Raises:
+            QueryError: The query is not understood.
+        """
+        return self._answers(query, *query_statement(query, scope))
+
+    def _answers(self, query: Query, sql: str, values: list[str | int]) -> Iterator[dict[str, list[str]]]:
+        cursor = self._db.conn.execute(sql, values)
+        try:
+            yield from answers(query, [column[0] for column in cursor.description], cursor)
+        finally:
+            # Somebody who stopped asking does not keep the log from being cut.
+            cursor.close()
+
+    def parts(self, chosen: Selection, scope: Scope) -> list[Part]:
+        """Return what a selection comes to."""
+        return selection.parts(self._db, chosen, scope)
+
+    def selected(self, chosen: Selection, scope: Scope) -> Iterator[Selected]:
+        """Yield the instances of a selection, in the order in which they lie in their packs."""
+        return selection.selected(self._db, chosen, scope)
 
     def counts(self) -> dict[str, int]:
         """Return how much is held, and how much waits for a decision."""

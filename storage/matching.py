@@ -3,7 +3,7 @@
 Source: PS3.4 C.2.2.2 (PS3.18 8.3.4.1 uses the same), PS3.5 6.2 for what values look like. What those leave open:
 
 - Several values of another key than a UID match what any of them matches (C.2.2.2.8 without its negotiation).
-- A time that is not said to the second stands for all of its minute or hour, at the ends of a range too.
+- A time stands for every moment that its digits begin, ``1030`` for a minute, at the ends of a range too.
 - Names are compared without case, compatibility forms and trailing delimiters, in any component group; a family name
   finds all with others behind it. In a key with ``=`` each group that is given must match the name's in its place.
 - Spaces around a value mean nothing. What is held and is no date, time or number matches universal matching alone.
@@ -30,7 +30,7 @@ _IS_DAY = "{0} GLOB '" + "[0-9]" * 8 + "'"
 # Twelve digits, those not said are zero: the first moment that a time can mean.
 _MOMENT = "substr(replace({0}, '.', '') || '000000000000', 1, 12)"
 _IS_TIME = "{0} GLOB '[0-9][0-9]*' AND {0} NOT GLOB '*[^0-9.]*'"
-_IS_NUMBER = "{0} GLOB '*[0-9]' AND ltrim({0}, '+-') NOT GLOB '*[^0-9]*'"
+_IS_NUMBER = "{0} GLOB '*[0-9]' AND {0} NOT GLOB '*[^0-9+-]*' AND {0} NOT GLOB '?*[+-]*'"
 
 
 class QueryError(ValueError):
@@ -50,11 +50,11 @@ class Parameters(list[str | int]):
 def is_one_of(column: str, values: Sequence[str], take: Parameters) -> str:
     """Return the test that a column is one of some values, of which there can be thousands."""
     if len(values) > VALUES_LIMIT:
-        return f"{column} IN (SELECT value FROM json_each({take(msgspec.json.encode(values).decode())}))"
+        return f"{column} IN (SELECT value FROM json_each({take(msgspec.json.encode(values).decode())}))"  # noqa: S608
     return f"{column} IN ({', '.join(take(value) for value in values)})"
 
 
-def test(tag: str, vr: str, column: str, values: Sequence[str], take: Parameters) -> str:
+def condition(tag: str, vr: str, column: str, values: Sequence[str], take: Parameters) -> str:
     """Return the SQL test of a key, empty for universal matching.
 
     Args:
@@ -79,7 +79,11 @@ def test(tag: str, vr: str, column: str, values: Sequence[str], take: Parameters
     except QueryError as error:
         raise QueryError(f"key {tag}: {error}") from None
     # What matches everything is no test, whatever stands beside it.
-    return "" if "" in tests else f"({' OR '.join(tests)})" if tests else ""
+    return "" if "" in tests else _any(tests)
+
+
+def _any(tests: list[str]) -> str:
+    return f"({' OR '.join(tests)})" if len(tests) > 1 else "".join(tests)
 
 
 def _text(value: str) -> str:
@@ -108,7 +112,7 @@ def _of_name(table: str, text: str, take: Parameters) -> str:
     groups = text.split("=")
     if len(groups) == 1:
         tests = [_of_group(column, text, take) for column in columns]
-        return "" if "" in tests else f"({' OR '.join(tests)})"
+        return "" if "" in tests else _any(tests)
     if len(groups) > len(columns):
         raise QueryError("a name has at most three component groups")
     return " AND ".join(
@@ -122,7 +126,7 @@ def _of_group(column: str, text: str, take: Parameters) -> str:
         found = _of_text(column, folded, take)
     else:
         found = f"{column} = {take(folded)}"
-    if not found or "^" in text or "*" in text:
+    if not found or "^" in text + folded or "*" in folded:
         return found
     return f"({found} OR {column} GLOB {take(glob(folded) + '^*')})"
 
@@ -137,8 +141,7 @@ def _of_day(column: str, text: str, take: Parameters) -> str:
 
 def _of_time(column: str, text: str, take: Parameters) -> str:
     first, last = (t.replace(".", "") for t in _ends(text, _TIME, "a time is HHMMSS.FFFFFF or less, a range HHMM-HHMM"))
-    # What is not said to the second is all of it; a second can be the 60th.
-    low, high = first.ljust(12, "0"), last + "999999999999"[len(last) :]
+    low, high = first.ljust(12, "0"), last.ljust(12, "9")
     between = f"{_MOMENT.format(column)} BETWEEN {take(low)} AND {take(high)}"
     return f"({_IS_TIME.format(column)} AND {between})"
 

@@ -72,6 +72,12 @@ KINDS = {
     "certificate-server": Kind("critical", "the server's certificate expires in {days} days", "status"),
     "certificate-peer": Kind("warning", "the certificate of {what} expires in {days} days", "peer renew {what}", PEER),
     "crl-old": Kind("critical", "revocation lists that expire soon or have expired: {count}", "status"),
+    "desk-volume": Kind(
+        "warning",
+        "{what} asked for more than desk.queries_per_minute or desk.instances_per_hour allow, and was refused",
+        "audit review",
+        PEER,
+    ),
     "test": Kind("warning", "this is a test: nothing is wrong", "alerts list"),
     TOO_MANY: Kind("critical", "more alerts stand than are told apart; the rest is in the log only", "alerts list"),
 }

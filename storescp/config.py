@@ -19,8 +19,17 @@ import msgspec
 
 from storage import retentionrules
 from storage.retentionrules import Retention
-from storescp import alertsettings, forwardsettings, metricssettings, reviewsettings, schedulesettings, scrubsettings
+from storescp import (
+    alertsettings,
+    desksettings,
+    forwardsettings,
+    metricssettings,
+    reviewsettings,
+    schedulesettings,
+    scrubsettings,
+)
 from storescp.alertsettings import AlertSettings
+from storescp.desksettings import DeskSettings
 from storescp.errors import USAGE, StrongroomError
 from storescp.forwardsettings import AuditSettings
 from storescp.metricssettings import MetricsSettings
@@ -129,6 +138,7 @@ class Settings(msgspec.Struct, kw_only=True):
     review: ReviewSettings = msgspec.field(default_factory=ReviewSettings)
     audit: AuditSettings = msgspec.field(default_factory=AuditSettings)
     metrics: MetricsSettings = msgspec.field(default_factory=MetricsSettings)
+    desk: DeskSettings = msgspec.field(default_factory=DeskSettings)
 
 
 EXPLAINED = {
@@ -198,6 +208,7 @@ EXPLAINED = {
     **reviewsettings.EXPLAINED,
     **forwardsettings.EXPLAINED,
     **metricssettings.EXPLAINED,
+    **desksettings.EXPLAINED,
 }
 
 
@@ -243,6 +254,9 @@ class Config:
         self.trust = [self._path(p) for p in settings.gate.trust]
         self.crls = [self._path(p) for p in settings.gate.crls]
         self.socket = self._path(settings.control.socket)
+        self.desk_socket = self._path(settings.desk.socket)
+        self.desk_certificate = self._path(settings.desk.certificate or settings.gate.certificate)
+        self.desk_private_key = self._path(settings.desk.private_key or settings.gate.private_key)
         named = settings.unlock.key_file
         self.credential = named.removeprefix(_CREDENTIAL) if named.startswith(_CREDENTIAL) else ""
         pin = settings.keys.anchor_pin
@@ -450,6 +464,7 @@ def _check(settings: Settings) -> list[str]:
     errors += reviewsettings.check(settings.review)
     errors += forwardsettings.check(settings.audit)
     errors += metricssettings.check(settings.metrics, parse_address)
+    errors += desksettings.check(settings.desk, parse_address)
     return errors
 
 

@@ -21,9 +21,12 @@ from storage.attributes import is_uid
 from storescp.config import convert, is_ae_title, network, toml_string
 
 OPERATIONS = ("echo", "store", "commit", "find", "move", "get")
+ROLES = ("reader", "sender", "admin")
 _DEFAULT_OPERATIONS = ["echo", "store"]
 _PRINT = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _NAME = re.compile(r"(dns|ip|uri|email):[\x21-\x7e]{1,255}", re.ASCII)
+_MODALITY = re.compile(r"[A-Z0-9_ ]{1,16}", re.ASCII)
+_PLACE = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):([0-9]{1,5})", re.ASCII)
 _LIMITS = {"maximum_associations": 10_000, "objects_per_minute": 1_000_000, "bytes_per_day": 1 << 50}
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -47,6 +50,11 @@ class PeerFile(msgspec.Struct, kw_only=True):
     operations: list[str] = msgspec.field(default_factory=lambda: list(_DEFAULT_OPERATIONS))
     sop_classes: list[str] = msgspec.field(default_factory=list)
     private_sop_classes: list[str] = msgspec.field(default_factory=list)
+    roles: list[str] = msgspec.field(default_factory=list)
+    sees_ae_titles: list[str] = msgspec.field(default_factory=list)
+    sees_modalities: list[str] = msgspec.field(default_factory=list)
+    listens: str = ""
+    listens_plaintext: bool = False
     maximum_associations: int = 0
     objects_per_minute: int = 0
     bytes_per_day: int = 0
@@ -67,6 +75,13 @@ EXPLAINED = {
     "operations": "What it may do: echo, store, commit, find, move, get. What this release does not serve is refused.",
     "sop_classes": "Storage SOP classes that it may store, as UIDs; empty for all of the standard.",
     "private_sop_classes": "Private SOP classes that it may store besides.",
+    "roles": "What its certificate may do by DICOMweb: reader (find and fetch), sender (store), admin (both, and sees\n"
+    "everything).",
+    "sees_ae_titles": "Which instances it finds and fetches: those that came from these calling AE titles,",
+    "sees_modalities": "and are of series of these modalities; empty for all of the store.",
+    "listens": "Where it listens itself, 'host:port': what is moved to it and reports of storage commitment go there,\n"
+    "over TLS,",
+    "listens_plaintext": "or without, where that is true.",
     "maximum_associations": "Limits over all workers, 0 for none: associations at a time,",
     "objects_per_minute": "objects a minute (a faster peer is slowed down),",
     "bytes_per_day": "and bytes from one midnight UTC to the next (more is refused with A700).",
@@ -88,6 +103,11 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     operations: frozenset[str]
     sop_classes: frozenset[str]
     private_sop_classes: frozenset[str]
+    roles: frozenset[str]
+    sees_ae_titles: frozenset[str]
+    sees_modalities: frozenset[str]
+    listens: tuple[str, int] | None
+    listens_plaintext: bool
     maximum_associations: int
     objects_per_minute: int
     bytes_per_day: int
@@ -211,6 +231,11 @@ def parse(content: str, file: Path) -> Peer:
         operations=frozenset(parsed.operations),
         sop_classes=frozenset(parsed.sop_classes),
         private_sop_classes=frozenset(parsed.private_sop_classes),
+        roles=frozenset(parsed.roles),
+        sees_ae_titles=frozenset(title.strip(" ") for title in parsed.sees_ae_titles),
+        sees_modalities=frozenset(parsed.sees_modalities),
+        listens=_place(parsed.listens) if parsed.listens else None,
+        listens_plaintext=parsed.listens_plaintext,
         maximum_associations=parsed.maximum_associations,
         objects_per_minute=parsed.objects_per_minute,
         bytes_per_day=parsed.bytes_per_day,
@@ -242,6 +267,14 @@ def _faults(parsed: PeerFile) -> list[str]:
     errors += [
         f"operations: '{o}' is none of {', '.join(OPERATIONS)}" for o in parsed.operations if o not in OPERATIONS
     ]
+    errors += [f"roles: '{role}' is none of {', '.join(ROLES)}" for role in parsed.roles if role not in ROLES]
+    errors += [f"sees_ae_titles: '{title}' is no AE title" for title in parsed.sees_ae_titles if not is_ae_title(title)]
+    errors += [f"sees_modalities: '{m}' is no modality" for m in parsed.sees_modalities if not _MODALITY.fullmatch(m)]
+    try:
+        if parsed.listens:
+            _place(parsed.listens)
+    except ValueError:
+        errors.append(f"listens: '{parsed.listens}' is no place, as in ct1.example:104 or [fd00::1]:2762")
     for key, most in _LIMITS.items():
         if not 0 <= getattr(parsed, key) <= most:
             errors.append(f"{key}: must be from 0 (no limit) to {most}")
@@ -328,6 +361,18 @@ def alternative_names(certificate: x509.Certificate) -> frozenset[str]:
             case x509.RFC822Name():
                 names.add(f"email:{entry.value}")
     return frozenset(names)
+
+
+def _place(text: str) -> tuple[str, int]:
+    """Return host and port.
+
+    Raises:
+        ValueError: It is no host with a port.
+    """
+    found = _PLACE.fullmatch(text)
+    if found is None or not 0 < int(found[2]) < 65_536:
+        raise ValueError("no host with a port")
+    return found[1].strip("[]"), int(found[2])
 
 
 def _is_name(name: str) -> bool:

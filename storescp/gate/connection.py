@@ -1,4 +1,7 @@
-"""One connection from TLS handshake to its end, in a thread of its own; and all of a worker's together."""
+"""One connection from TLS handshake to its end, in a thread of its own; and all of a process's together.
+
+What an association is for, and what is told about it, is its service's: the gate's receives, the desk's gives back.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Generic, Protocol, TypeVar
 
 from storescp.config import Plaintext
 from storescp.gate import meter, negotiate, tls, wire
-from storescp.gate.incoming import Origin
-from storescp.gate.journal import Journal, studies
-from storescp.gate.receive import Association, Resources, new_association_id
+from storescp.gate.negotiate import Agreement
+from storescp.gate.origin import Origin, new_association_id
 from storescp.gate.stream import Stream
 from storescp.peers import Asked, Peer, Peers, Proof
 
@@ -33,6 +36,55 @@ class Policy:
         self.peers = peers
         self.context = context
         self.trust = trust
+
+
+class Conversation(Protocol):
+    """An established association at work."""
+
+    @property
+    def overdue(self) -> str:
+        """What took too long, after a TimeoutError."""
+
+    def run(self, rest: list[wire.Pdu | wire.Fragment]) -> str:
+        """Serve it until it ends; return how it ended, for the log.
+
+        Raises:
+            WireError: The peer broke the protocol.
+            OSError: The connection broke or was idle for too long.
+        """
+
+
+_C = TypeVar("_C", bound=Conversation)
+
+
+class Service(Protocol[_C]):
+    """What associations are for, and who is told about them. Safe to use from many threads."""
+
+    ae_title: str
+    request_seconds: float
+    maximum_pdu: int
+
+    def agree(self, request: negotiate.Request, peer: Peer) -> Agreement:
+        """Return what a peer may use.
+
+        Raises:
+            WireError: The request cannot be answered.
+        """
+
+    def may_associate(self, number: int, peer: Peer) -> bool:
+        """Tell whether a peer may have one more association."""
+
+    def turned_away(self, where: str, address: str, reason: str, calling: str = "") -> None:
+        """Hear where a connection ended that became no association; empty for an association that broke off."""
+
+    def step(self, number: int, step: str, **fields: object) -> None:
+        """Hear what just happened to a connection."""
+
+    def begin(self, stream: Stream, reader: wire.Reader, agreement: Agreement, origin: Origin, peer: Peer) -> _C:
+        """Begin an association that was just accepted."""
+
+    def end(self, conversation: _C, origin: Origin, ending: str) -> dict[str, object]:
+        """Hear that an association ended; return what it did, in figures."""
 
 
 class _Connection:
@@ -53,14 +105,12 @@ class _Connection:
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
 
-class Connections:
-    """The connections of a worker."""
+class Connections(Generic[_C]):
+    """The connections of a process."""
 
-    def __init__(self, policy: Policy, resources: Resources, journal: Journal) -> None:
+    def __init__(self, policy: Policy, service: Service[_C]) -> None:
         self.policy = policy
-        self._resources = resources
-        self._settings = resources.settings
-        self._journal = journal
+        self._service = service
         self._lock = threading.Lock()
         self._running: set[_Connection] = set()
         self._stopping = threading.Event()
@@ -78,7 +128,7 @@ class Connections:
             ended: Called with nothing.
         """
         connection = _Connection(number, sock, address, plaintext)
-        connection.deadline = time.monotonic() + self._settings.request_seconds
+        connection.deadline = time.monotonic() + self._service.request_seconds
         with self._lock:
             self._running.add(connection)
         connection.thread = threading.Thread(target=self._run, args=(connection, ended), daemon=True)
@@ -124,15 +174,13 @@ class Connections:
             self._serve(connection, proof)
         except _RefusedConnectionError as refused:
             log.warning("connection from %s refused: %s", connection.address, refused)
-            self._resources.meter.turned_away(where)
-            self._journal.refused(connection.address, str(refused), refused.calling)
+            self._service.turned_away(where, connection.address, str(refused), refused.calling)
             self._step(connection, "refused", reason=str(refused))
         except OSError as error:
             log.warning("connection from %s broke off: %s", connection.address, type(error).__name__)
-            if not connection.associated:
-                self._resources.meter.turned_away(where)
-            self._journal.refused(connection.address, f"it broke off: {type(error).__name__}")
-            self._step(connection, "refused", reason=f"it broke off: {type(error).__name__}")
+            reason = f"it broke off: {type(error).__name__}"
+            self._service.turned_away("" if connection.associated else where, connection.address, reason)
+            self._step(connection, "refused", reason=reason)
         except Exception:
             log.exception("connection from %s ended by an error of ours", connection.address)
         finally:
@@ -144,11 +192,11 @@ class Connections:
             ended()
 
     def _step(self, connection: _Connection, step: str, **fields: object) -> None:
-        self._journal.step(connection.number, step, **fields)
+        self._service.step(connection.number, step, **fields)
 
     def _handshake(self, connection: _Connection) -> Proof:
         plain = connection.socket
-        plain.settimeout(self._settings.request_seconds)
+        plain.settimeout(self._service.request_seconds)
         policy = self.policy
         secured = policy.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
         connection.socket = secured
@@ -172,7 +220,7 @@ class Connections:
         )
         if reason := policy.trust.revocations.refusal(chain, datetime.now(UTC)):
             raise _RefusedConnectionError(f"the peer's certificate is not accepted: {reason}")
-        connection.deadline = time.monotonic() + self._settings.request_seconds
+        connection.deadline = time.monotonic() + self._service.request_seconds
         return proof
 
     def _serve(self, connection: _Connection, proof: Proof | None) -> None:
@@ -183,21 +231,21 @@ class Connections:
             stream.finish(_FINISH_SECONDS)
 
     def _associate(self, connection: _Connection, stream: Stream, proof: Proof | None) -> None:
-        settings = self._settings
+        service = self._service
         reader = wire.Reader(0)
         first, *rest = self._first(stream, reader)
         # By titles first: what a stranger sends is not decoded.
         peer = self._decide(connection, stream, self._titles(stream, first), proof)
         request = self._decode(stream, first)
         try:
-            agreement = negotiate.agree(request, peer=peer, maximum_pdu=settings.maximum_pdu)
+            agreement = service.agree(request, peer)
         except wire.WireError as error:
             self._tell(stream, wire.reject(permanent=True, source=2, reason=1))
             raise _RefusedConnectionError(str(error)) from error
-        reader.maximum_pdu = settings.maximum_pdu
+        reader.maximum_pdu = service.maximum_pdu
         association_id = new_association_id()
         fingerprint = proof.fingerprint if proof else ""
-        origin = Origin(association_id, peer.ae_title, settings.ae_title, connection.address, fingerprint)
+        origin = Origin(association_id, peer.ae_title, service.ae_title, connection.address, fingerprint)
         self._tell(stream, agreement.reply)
         proposed = len(request.primitive.presentation_context_definition_list)
         log.info(
@@ -208,38 +256,31 @@ class Connections:
             len(agreement.contexts),
             proposed,
         )
-        self._journal.event(
-            "association-begun",
-            association=association_id,
-            calling=origin.calling,
-            address=connection.address,
-            certificate=fingerprint,
-        )
         self._step(
             connection, "accepted", association=association_id, contexts=len(agreement.contexts), proposed=proposed
         )
         connection.deadline = None
         connection.associated = True
-        association = Association(stream, reader, agreement, origin, peer, self._resources)
-        self._converse(connection, stream, association, origin, rest)
+        conversation = service.begin(stream, reader, agreement, origin, peer)
+        self._converse(connection, stream, conversation, origin, rest)
 
     def _decide(
         self, connection: _Connection, stream: Stream, titles: tuple[bytes, bytes], proof: Proof | None
     ) -> Peer:
         """Return the peer that a request comes from; tell it where it is refused."""
-        settings = self._settings
+        service = self._service
         calling = _title(titles[0])
         self._step(connection, "requested", calling=calling, called=_title(titles[1]))
         host = connection.address.rpartition(":")[0].strip("[]")
         plaintext = frozenset(connection.plaintext.peers) if connection.plaintext else frozenset[str]()
         asked = Asked(*titles, host, proof, plaintext)
-        decision = self.policy.peers.decide(asked, settings.ae_title)
+        decision = self.policy.peers.decide(asked, service.ae_title)
         if isinstance(decision, str):
             # The log says more than the peer is told: PS3.8 has one reason for each title.
             reason = 7 if decision.startswith("the called") else 3
             self._tell(stream, wire.reject(permanent=True, source=1, reason=reason))
             raise _RefusedConnectionError(f"calling AE title {calling}: {decision}", calling)
-        if not self._resources.allowances.granted(connection.number, decision, settings.request_seconds):
+        if not service.may_associate(connection.number, decision):
             # Transient, by the presentation provider: local limit exceeded.
             self._tell(stream, wire.reject(permanent=False, source=3, reason=2))
             limit = f"it has as many associations as it may, {decision.maximum_associations}"
@@ -251,7 +292,7 @@ class Connections:
         events: list[wire.Pdu | wire.Fragment] = []
         try:
             while not events:
-                count = stream.receive(buffer, self._settings.request_seconds, between=False)
+                count = stream.receive(buffer, self._service.request_seconds, between=False)
                 if not count:
                     raise _RefusedConnectionError("closed before an association was requested")
                 events = list(reader.receive(buffer[:count]))
@@ -285,17 +326,17 @@ class Connections:
         self,
         connection: _Connection,
         stream: Stream,
-        association: Association,
+        conversation: _C,
         origin: Origin,
         rest: list[wire.Pdu | wire.Fragment],
     ) -> None:
         try:
-            ending = association.run(rest)
+            ending = conversation.run(rest)
         except wire.WireError as error:
             ending = f"aborted: {error}"
             self._tell_last(stream, wire.abort(reason=6))
         except TimeoutError:
-            ending = f"aborted: {association.overdue}"
+            ending = f"aborted: {conversation.overdue}"
             self._tell_last(stream, wire.abort(reason=0))
         except OSError as error:
             ending = f"broken off: {type(error).__name__}"
@@ -304,35 +345,10 @@ class Connections:
             self._tell_last(stream, wire.abort(reason=0))
             raise
         finally:
-            self._told(connection, association, origin, ending)
-
-    def _told(self, connection: _Connection, association: Association, origin: Origin, ending: str) -> None:
-        tally = association.tally
-        self._resources.meter.end(association.count)
-        log.info(
-            "association %s %s: %d stored, %d refused, %d bytes",
-            origin.association,
-            ending,
-            tally.stored,
-            tally.refused,
-            tally.bytes,
-        )
-        counts = {"stored": tally.stored, "refused": tally.refused, "bytes": tally.bytes}
-        self._journal.event(
-            "association-ended",
-            association=origin.association,
-            calling=origin.calling,
-            address=origin.address,
-            certificate=origin.certificate,
-            ending=ending,
-            **counts,
-            reasons=tally.reasons,
-            studies=studies(tally.studies),
-        )
-        self._step(connection, "ended", ending=ending, **counts, reasons=tally.reasons)
+            self._step(connection, "ended", ending=ending, **self._service.end(conversation, origin, ending))
 
     def _tell(self, stream: Stream, pdu: bytes) -> None:
-        stream.send(pdu, self._settings.request_seconds)
+        stream.send(pdu, self._service.request_seconds)
 
     def _tell_last(self, stream: Stream, pdu: bytes) -> None:
         """Tell a peer that is lost anyway."""

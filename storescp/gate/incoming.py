@@ -6,8 +6,6 @@ import errno
 import logging
 from datetime import UTC, datetime
 
-import msgspec
-
 from storage import attributes
 from storage.attributes import AttributesError, Received, is_uid
 from storage.deposit import DepositError, Deposits
@@ -16,6 +14,7 @@ from storescp.gate.describe import Describer, uid
 from storescp.gate.dimse import Command
 from storescp.gate.head import HeadError, HeadParser
 from storescp.gate.negotiate import Context
+from storescp.gate.origin import Origin
 from storescp.gate.status import Reason, RefusedError
 from storescp.gate.transfer import ENCODINGS
 from storescp.space import Watch
@@ -28,16 +27,6 @@ _SOP_CLASS, _SOP_INSTANCE = 0x00080016, 0x00080018
 _STUDY, _SERIES = 0x0020000D, 0x0020000E
 
 log = logging.getLogger(__name__)
-
-
-class Origin(msgspec.Struct, frozen=True):
-    """Where an association comes from, as provenance and the log say it."""
-
-    association: str
-    calling: str
-    called: str
-    address: str
-    certificate: str
 
 
 class Incoming:

@@ -5,7 +5,7 @@ One of the two places of the gate that import pynetdicom.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import msgspec
 from pydicom.uid import UID
@@ -42,10 +42,11 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Context(msgspec.Struct, frozen=True):
-    """An accepted presentation context."""
+    """An accepted presentation context; ``receives``: the peer is SCP of it, too."""
 
     abstract_syntax: str
     transfer_syntax: str
+    receives: bool = False
 
 
 class Agreement(msgspec.Struct, frozen=True):
@@ -108,23 +109,37 @@ def _items(content: memoryview) -> Iterator[tuple[int, memoryview]]:
         content = content[4 + length :]
 
 
-def agree(request: Request, *, peer: Peer, maximum_pdu: int) -> Agreement:
-    """Accept what a peer may use of storage and verification, in the first proposed transfer syntax that is known.
+class Offer(msgspec.Struct, frozen=True):
+    """What a server offers a peer: what it may use, in which transfer syntaxes, and of what it may be the SCP."""
+
+    uses: Callable[[str], bool]
+    syntaxes: Collection[str] = ENCODINGS
+    receives: Callable[[str], bool] = lambda _: False
+
+
+def storage(peer: Peer) -> Offer:
+    """Return what the gate offers: storage and verification; a peer is never the SCP of anything."""
+    return Offer(lambda abstract: may_use(peer, abstract))
+
+
+def agree(request: Request, offer: Offer, *, maximum_pdu: int) -> Agreement:
+    """Accept what is offered of what a peer proposes, each in the first proposed transfer syntax that is known.
 
     Raises:
         WireError: The request cannot be answered.
     """
     try:
-        return _agree(request.primitive, peer, maximum_pdu)
+        return _agree(request.primitive, offer, maximum_pdu)
     except Exception as error:
         raise WireError("the association request cannot be answered") from error
 
 
-def _agree(request: A_ASSOCIATE, peer: Peer, maximum_pdu: int) -> Agreement:
+def _agree(request: A_ASSOCIATE, offer: Offer, maximum_pdu: int) -> Agreement:
     accepted: dict[int, Context] = {}
     results = []
+    roles = _roles(request, offer)
     for proposed in request.presentation_context_definition_list:
-        result, syntax = _decide(proposed, peer)
+        result, syntax = _decide(proposed, offer)
         context = PresentationContext()
         context.context_id = proposed.context_id
         context.abstract_syntax = proposed.abstract_syntax
@@ -132,8 +147,11 @@ def _agree(request: A_ASSOCIATE, peer: Peer, maximum_pdu: int) -> Agreement:
         context.result = result
         results.append(context)
         if result == _ACCEPTED:
-            accepted[int(proposed.context_id)] = Context(str(proposed.abstract_syntax), syntax)
+            abstract = str(proposed.abstract_syntax)
+            receives = abstract in roles and bool(roles[abstract].scp_role)
+            accepted[int(proposed.context_id)] = Context(abstract, syntax, receives)
 
+    classes = {context.abstract_syntax for context in accepted.values()}
     reply = A_ASSOCIATE()
     reply.application_context_name = UID("1.2.840.10008.3.1.1.1")
     reply.calling_ae_title = request.calling_ae_title
@@ -147,19 +165,19 @@ def _agree(request: A_ASSOCIATE, peer: Peer, maximum_pdu: int) -> Agreement:
     class_uid.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
     version = ImplementationVersionNameNotification()
     version.implementation_version_name = IMPLEMENTATION_VERSION
-    reply.user_information = [length, class_uid, version, *_roles(request, accepted)]
+    reply.user_information = [length, class_uid, version, *(role for uid, role in roles.items() if uid in classes)]
     pdu = A_ASSOCIATE_AC()
     pdu.from_primitive(reply)
     return Agreement(pdu.encode(), accepted, int(request.maximum_length_received or 0))
 
 
-def _decide(proposed: PresentationContext, peer: Peer) -> tuple[int, str]:
+def _decide(proposed: PresentationContext, offer: Offer) -> tuple[int, str]:
     syntaxes = [str(s) for s in proposed.transfer_syntax]
     abstract = str(proposed.abstract_syntax)
     first = syntaxes[0] if syntaxes else "1.2.840.10008.1.2"
-    if not may_use(peer, abstract):
+    if not offer.uses(abstract):
         return _NO_ABSTRACT_SYNTAX, first
-    known = next((s for s in syntaxes if s in ENCODINGS), None)
+    known = next((s for s in syntaxes if s in offer.syntaxes), None)
     return (_ACCEPTED, known) if known else (_NO_TRANSFER_SYNTAX, first)
 
 
@@ -171,15 +189,15 @@ def may_use(peer: Peer, abstract: str) -> bool:
     return "store" in peer.operations and (may_store or abstract in peer.private_sop_classes)
 
 
-def _roles(request: A_ASSOCIATE, accepted: dict[int, Context]) -> list[SCP_SCU_RoleSelectionNegotiation]:
-    """Answer role selection: the peer may be SCU of what was accepted, never SCP."""
-    classes = {context.abstract_syntax for context in accepted.values()}
-    replies = []
+def _roles(request: A_ASSOCIATE, offer: Offer) -> dict[str, SCP_SCU_RoleSelectionNegotiation]:
+    """Answer role selection, by abstract syntax: the peer may be SCU of what it may use, SCP of what it may receive."""
+    replies: dict[str, SCP_SCU_RoleSelectionNegotiation] = {}
     for item in request.user_information:
-        if isinstance(item, SCP_SCU_RoleSelectionNegotiation) and str(item.sop_class_uid) in classes:
+        if isinstance(item, SCP_SCU_RoleSelectionNegotiation):
+            abstract = str(item.sop_class_uid)
             role = SCP_SCU_RoleSelectionNegotiation()
             role.sop_class_uid = item.sop_class_uid
             role.scu_role = bool(item.scu_role)
-            role.scp_role = False
-            replies.append(role)
+            role.scp_role = bool(item.scp_role) and offer.receives(abstract)
+            replies.setdefault(abstract, role)
     return replies

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from typing import NamedTuple
 
@@ -12,9 +11,10 @@ from storescp.config import Gate
 from storescp.gate import dimse, meter, wire
 from storescp.gate.describe import Describer
 from storescp.gate.dimse import Command
-from storescp.gate.incoming import Incoming, Origin
+from storescp.gate.incoming import Incoming
 from storescp.gate.meter import Meter
 from storescp.gate.negotiate import Agreement, Context
+from storescp.gate.origin import Origin
 from storescp.gate.quota import Allowances
 from storescp.gate.status import SUCCESS, UNRECOGNIZED_OPERATION, Reason, RefusedError
 from storescp.gate.stream import StoppingError, Stream
@@ -238,8 +238,3 @@ class Association:
         tally.studies[incoming.study] = tally.studies.get(incoming.study, 0) + 1
         self._space.took(incoming.size)
         self._allowances.took(self._peer, incoming.size)
-
-
-def new_association_id() -> str:
-    """Return a random id by which the log and provenance name an association."""
-    return secrets.token_hex(8)

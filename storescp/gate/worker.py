@@ -23,7 +23,8 @@ from storescp.gate.crl import CrlError
 from storescp.gate.journal import TRACE, Journal
 from storescp.gate.meter import Meter
 from storescp.gate.quota import Allowances, Hold
-from storescp.gate.receive import Resources
+from storescp.gate.receive import Association, Resources
+from storescp.gate.reception import Reception
 from storescp.gate.tls import Trust, server_context
 from storescp.log import escape
 from storescp.peers import PeerError
@@ -72,7 +73,8 @@ def run(config: Config, gate: socket.socket, *, replaces: bool) -> None:
         deposits.check()
         watch = space.Watch(config)
         policy = _policy(config, lenient=replaces)
-        connections = Connections(policy, Resources(settings, deposits, watch, allowances, meter), journal)
+        reception = Reception(Resources(settings, deposits, watch, allowances, meter), journal)
+        connections = Connections(policy, reception)
     except (DepositError, PeerError, CrlError, OSError) as error:
         raise StrongroomError(f"the gate cannot start: {error}") from error
     worker = _Worker(config, gate, connections, allowances, watch, journal)
@@ -112,7 +114,7 @@ class _Worker:
         self,
         config: Config,
         gate: socket.socket,
-        connections: Connections,
+        connections: Connections[Association],
         allowances: Allowances,
         watch: space.Watch,
         journal: Journal,

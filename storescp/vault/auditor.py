@@ -64,7 +64,8 @@ class Event(msgspec.Struct):
 
 
 class _Export:
-    def __init__(self) -> None:
+    def __init__(self, whom: dict[str, Any]) -> None:
+        self.whom = whom
         self.count = 0
         self.last = time.monotonic()
 
@@ -134,9 +135,20 @@ class Auditor:
             export = self._exports.get((uid, study))
             if export is None:
                 self.record("export-begun", uid=uid, study=study)
-                export = self._exports.setdefault((uid, study), _Export())
+                export = self._exports.setdefault((uid, study), _Export({}))
             export.count += 1
             export.last = time.monotonic()
+
+    def sending(self, uid: int, study: str, **whom: Any) -> None:
+        """Record for whom somebody is about to take a study out, by his own word; what he then asks for counts to it.
+
+        Raises:
+            StrongroomError: It cannot be recorded.
+        """
+        with self._lock:
+            self._ended(uid, study)
+            self.record("export-begun", uid=uid, study=study, **whom)
+            self._exports[uid, study] = _Export(whom)
 
     def flush(self, *, everything: bool = False) -> None:
         """Record exports that came to an end."""
@@ -144,8 +156,12 @@ class Auditor:
             latest = time.monotonic() - _QUIET_SECONDS
             for (uid, study), export in list(self._exports.items()):
                 if everything or export.last < latest:
-                    del self._exports[uid, study]
-                    self.tell("exported", uid=uid, study=study, instances=export.count)
+                    self._ended(uid, study)
+
+    def _ended(self, uid: int, study: str) -> None:
+        export = self._exports.pop((uid, study), None)
+        if export is not None:
+            self.tell("exported", uid=uid, study=study, instances=export.count, **export.whom)
 
     def _append(self, records: list[dict[str, Any]]) -> None:
         contents = [_encoded(record) for record in records]

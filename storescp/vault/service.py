@@ -24,10 +24,12 @@ from storescp.harden import check_vault
 from storescp.stopping import Stop
 from storescp.vault.alarms import Alarms
 from storescp.vault.api import Access
+from storescp.vault.api.desk import DeskAccess, group_of
 from storescp.vault.api.status import total_loss
 from storescp.vault.erase import Erase
 from storescp.vault.forward import Forward
 from storescp.vault.forwardstate import remember_erasures
+from storescp.vault.grants import Grants
 from storescp.vault.jobs import jobs_of
 from storescp.vault.numbers import Numbers
 from storescp.vault.retain import Retain
@@ -72,11 +74,12 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
             server.listen(config.socket)
         except OSError as error:
             raise StrongroomError(f"the vault cannot listen on {config.socket}: {error}") from error
+        desk = _desk(config, vault)
         for warning in total_loss(vault.opened, len(keyring.read_header(config.keyring).slots)):
             log.warning("%s", warning)
         vault.auditor.started()
         notify.ready()
-        _work(vault, schedule, stop)
+        _work(vault, schedule, stop, desk.grants if desk else None)
         notify.stopping()
         server.close()
         schedule.close()
@@ -88,7 +91,7 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
         log.info("stopped")
 
 
-def _work(vault: Vault, schedule: Schedule, stop: Stop) -> None:
+def _work(vault: Vault, schedule: Schedule, stop: Stop, grants: Grants | None) -> None:
     """Admit, and do what comes with time, until the vault is to stop."""
     thread = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
@@ -104,6 +107,8 @@ def _work(vault: Vault, schedule: Schedule, stop: Stop) -> None:
                 Rotate(vault).destroy_due()
                 Erase(vault).resume()
                 Retain(vault).look_at_clock()
+                if grants is not None:
+                    grants.settle()
         except Exception:
             # A full disk or a damaged file must not end the vault: deposits stay where they are.
             log.exception("admission failed and is tried again")
@@ -113,6 +118,22 @@ def _work(vault: Vault, schedule: Schedule, stop: Stop) -> None:
         forward.turn()
         numbers.turn()
         watchdog.turn()
+
+
+def _desk(config: Config, vault: Vault) -> DeskAccess | None:
+    """Begin to answer the desk, if there is one.
+
+    Raises:
+        StrongroomError: Its socket cannot be made.
+    """
+    if not config.settings.desk.runs:
+        return None
+    access = DeskAccess(vault)
+    try:
+        Server(access.handle, group_of(config)).listen(config.desk_socket)
+    except OSError as error:
+        raise StrongroomError(f"the vault cannot listen on {config.desk_socket}: {error}") from error
+    return access
 
 
 def _unlock_by_itself(config: Config, vault: Vault) -> None:

@@ -78,7 +78,8 @@ class Who:
                 self._exports[record.get("uid"), study] = {"number": record["number"], **row}
             case "exported" if study in self.studies:
                 self._exports.pop((record.get("uid"), study), None)
-                yield self._row("exported", record, study, instances=int(record.get("instances", 0)))
+                for_whom = " ".join(["for certificate", *record["to"]]) if "to" in record else ""
+                yield self._row("exported", record, study, what=for_whom, instances=int(record.get("instances", 0)))
             case "erase-begun":
                 self._erasures[str(record.get("erasure"))] = study, record.get("uid")
                 if study in self.studies:

@@ -51,7 +51,7 @@ from storescp.gate.channel import ChannelError
 from storescp.gate.describe import Describer, split, uid
 from storescp.gate.dimse import CommandError
 from storescp.gate.head import VALUE_LIMIT, WANTED, HeadError, HeadParser
-from storescp.gate.incoming import Origin
+from storescp.gate.origin import Origin
 from storescp.gate.meter import Meter
 from storescp.gate.negotiate import Agreement, Context
 from storescp.gate.quota import Allowances
@@ -260,7 +260,7 @@ def negotiation(data: bytes) -> None:
         proof = Proof("", f"sha256:{key * 32}")
         _PEERS.decide(Asked(request.calling, request.called, "10.0.0.1", proof), "STRONGROOM")
     try:
-        agreement = negotiate.agree(request, peer=_PEER, maximum_pdu=MAXIMUM_PDU)
+        agreement = negotiate.agree(request, negotiate.storage(_PEER), maximum_pdu=MAXIMUM_PDU)
     except WireError:
         return
     reply = agreement.reply

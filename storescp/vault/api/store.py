@@ -7,32 +7,28 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from keys import authority
-from keys.anchors import AnchorError
-from keys.keyring import KeyringError
-from keys.seal import SealError, plain_length
-from storage.archive import Archive
-from storage.index import Place
-from storage.pack import PackError
-from storage.packfile import PackFile
+from keys.seal import plain_length
+from storage.attributes import is_uid
 from storage.search import LEVELS, FilterError, Filters
 from storescp.control import Request, Response, json_response, lines_response
 from storescp.errors import StrongroomError
 from storescp.vault.api.requests import Routes, SecretRequest, told
-from storescp.vault.examine import open_pack
-from storescp.vault.opened import Open, Reader
+from storescp.vault.contents import Contents
+from storescp.vault.opened import Open
 from storescp.vault.scrub import Scrub
 from storescp.vault.state import Vault
 from storescp.vault.verify import verify
 
 # An index is filled for so long at a time.
 _SLICE_SECONDS = 0.5
+
+_Fingerprint = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +38,14 @@ class SearchRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     level: str
     filters: Filters = msgspec.field(default_factory=Filters)
+
+
+class SendingRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """A study that is taken out for certain recipients: SHA-256 of their certificates and of the signer's."""
+
+    study: str
+    to: Annotated[list[_Fingerprint], msgspec.Meta(min_length=1, max_length=50)]
+    signer: _Fingerprint
 
 
 class IssueRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -79,6 +83,7 @@ class Store:
             ("POST", "/v1/lock"): self._lock,
             ("GET", "/v1/locked"): self._locked,
             ("POST", "/v1/search"): self._search,
+            ("POST", "/v1/export-begun"): self._sending,
             ("POST", "/v1/certificates"): self._issue,
             ("POST", "/v1/verify"): self._verify,
             ("POST", "/v1/reindex"): self._reindex,
@@ -124,28 +129,35 @@ class Store:
                     row["bytes"] = plain_length(row.pop("dataset_length"))
                 yield row
 
+    def _sending(self, request: Request) -> Response:
+        asked: SendingRequest = request.json(SendingRequest)
+        with self._vault.unlocked().reader() as reader:
+            # A UID is no pattern, so that this finds just the one.
+            if not is_uid(asked.study) or not any(reader.index.search("study", Filters(study=asked.study))):
+                raise StrongroomError("there is no such study")
+        self._auditor.sending(request.uid, asked.study, to=asked.to, signer=asked.signer)
+        return json_response({})
+
     def instance(self, request: Request, text: str) -> Response:
         """Stream one data set, named by its pack and object id: both stay when a pack is admitted."""
         found = re.fullmatch(r"([0-9a-f]{32})/([0-9a-f]{32})", text, re.ASCII)
         if found is None:
             raise StrongroomError("no such instance")
         opened = self._vault.unlocked()
-        with opened.reader() as reader:
-            place = reader.index.at(found[1], bytes.fromhex(found[2]))
-            if place is None:
-                raise StrongroomError("no such instance")
-            self._auditor.exporting(request.uid, reader.index.study_of(place.pack_id))
-            try:
-                file, content = _open_instance(opened, reader, place)
-            except StrongroomError:
-                # A pack under a new study key may be coming into its place: once that is done, it is there or not.
-                with self._vault.admitting():
-                    moved = reader.index.at(found[1], bytes.fromhex(found[2]))
-                    if moved is None or moved.pack_id == place.pack_id:
-                        raise
-                    file, content = _open_instance(opened, reader, moved)
+        parts = self._reading(opened, request.uid, found[1], bytes.fromhex(found[2]))
+        # Opened before the answer begins: what cannot be found is an error and no broken answer.
+        first = next(parts)
         # Its length is known, but chunks can end with the word that they are not whole.
-        return Response(_reading(file, content))
+        return Response(itertools.chain([first], parts))
+
+    def _reading(self, opened: Open, uid: int, pack_id: str, object_id: bytes) -> Iterator[bytes]:
+        """Yield nothing once the instance is found and recorded, and then its data set."""
+        with opened.reader() as reader, Contents(self._vault, opened, reader) as contents:
+            place = contents.place(pack_id, object_id)
+            self._auditor.exporting(uid, reader.index.study_of(place.pack_id))
+            content = contents.dataset(place)
+            yield b""
+            yield from content
 
     def _verify(self, request: Request) -> Response:
         asked: VerifyRequest = request.json(VerifyRequest)
@@ -200,27 +212,3 @@ class Store:
             raise StrongroomError(str(error)) from error
         log.info("issued a certificate")
         return json_response({"certificate": pem.decode(), "authority": ca.certificate})
-
-
-def _open_instance(opened: Open, reader: Reader, place: Place) -> tuple[PackFile, Iterator[bytes]]:
-    file = _open_file(opened.archive, place.pack_id)
-    try:
-        return file, open_pack(file, opened.ring, reader.keys_db.find(place.pack_id)).dataset(place.frame)
-    except (SealError, KeyringError, AnchorError, PackError) as error:
-        file.close()
-        raise StrongroomError(f"pack {place.pack_id} does not open: {error}") from error
-
-
-def _open_file(archive: Archive, pack_id: str) -> PackFile:
-    # Admission may move a pack between finding it and opening it; it moves only once.
-    for _ in range(2):
-        path = archive.find(pack_id)
-        if path is not None:
-            with suppress(FileNotFoundError):
-                return PackFile(path)
-    raise StrongroomError(f"pack {pack_id} is missing", hint="restore it from a backup, or have it sent again")
-
-
-def _reading(file: PackFile, content: Iterator[bytes]) -> Iterator[bytes]:
-    with file:
-        yield from content
