@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ _INSTANCES = {"CR": 2, "US": 25, "CT": 75, "MR": 46, "MG": 4, "XA": 20, "OT": 3}
 _A_STUDY = 50
 _BATCH = 500
 KEY = (bytes(range(32)), bytes(16))
-VIEWER = ["00080061", "00201206", "00201208", "00100040", "00081030", "0020000D"]
+VIEWER = ("00080061", "00201206", "00201208", "00100040", "00081030", "0020000D")
 
 
 class Case(NamedTuple):
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     name: str
     level: str
     match: Callable[[Study], dict[str, list[str]]]
-    wants: list[str] = []
+    wants: Sequence[str] = ()
     scope: Scope = Scope()
     limit: int = 0
 
@@ -110,11 +110,11 @@ CASES = (
     Case("the same, as viewers ask", "STUDY", _torn, VIEWER),
     Case("a whole name", "STUDY", lambda study: {"00100010": [study.patient.name.partition("=")[0]]}, VIEWER),
     Case("a name that nobody has", "STUDY", lambda study: {"00100010": [f"*{study.number}^*"]}, VIEWER),
-    Case("patients, name *MITH*", "PATIENT", _contained, ["00100020", "00201200"]),
+    Case("patients, name *MITH*", "PATIENT", _contained, ("00100020", "00201200")),
     Case("any study, first 25", "STUDY", lambda _: {}, VIEWER, limit=25),
-    Case("series of a study", "SERIES", lambda study: {"0020000D": [study.uid]}, ["00080060", "00201209"]),
-    Case("instances of a series", "IMAGE", _series, ["00080016", "00080018", "00200013"]),
-    Case("any instance, first 25", "IMAGE", lambda _: {}, ["00080018"], limit=25),
+    Case("series of a study", "SERIES", lambda study: {"0020000D": [study.uid]}, ("00080060", "00201209")),
+    Case("instances of a series", "IMAGE", _series, ("00080016", "00080018", "00200013")),
+    Case("any instance, first 25", "IMAGE", lambda _: {}, ("00080018",), limit=25),
 )
 
 
@@ -164,7 +164,7 @@ def _records(study: Study) -> Iterator[Record]:
         "00200010": "1",
     }
     common = {tag: Element("LO", [text]) for tag, text in one.items() if text}
-    common["00100010"] = Element("PN", [{group: text for group, text in groups}])
+    common["00100010"] = Element("PN", [dict(groups)])
     at = 0
     for number, (series, instances) in enumerate(study.series, 1):
         common |= {attributes.SERIES: Element("UI", [series]), "00200011": Element("IS", [str(number)])}
@@ -179,7 +179,7 @@ def ask(index: Index, case: Case, asked: list[Study]) -> Result:
     """Ask a question with different values."""
     rows, firsts, wholes = [], [], []
     for study in asked:
-        query = Query(case.level, case.match(study), case.wants, limit=case.limit)
+        query = Query(case.level, case.match(study), list(case.wants), limit=case.limit)
         begun = time.perf_counter()
         found = index.query(query, case.scope)
         count = 0 if next(found, None) is None else 1

@@ -59,12 +59,13 @@ def request(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def issue_server(authority: Authority, csr: bytes, names: list[str], now: datetime, days: int) -> bytes:
-    """Return a server certificate (PEM) for DNS names and addresses.
+    """Return a server certificate (PEM) for DNS names and addresses; the server also shows it where it calls a peer.
 
     Raises:
         RequestError: The request is malformed.
     """
-    return _issue(authority, csr, names[0], names, ExtendedKeyUsageOID.SERVER_AUTH, now, days)
+    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    return _issue(authority, csr, names[0], names, usages, now, days)
 
 
 def issue_peer(authority: Authority, csr: bytes, name: str, now: datetime, days: int) -> bytes:
@@ -73,7 +74,7 @@ def issue_peer(authority: Authority, csr: bytes, name: str, now: datetime, days:
     Raises:
         RequestError: The request is malformed.
     """
-    return _issue(authority, csr, name, [], ExtendedKeyUsageOID.CLIENT_AUTH, now, days)
+    return _issue(authority, csr, name, [], [ExtendedKeyUsageOID.CLIENT_AUTH], now, days)
 
 
 def _issue(
@@ -81,7 +82,7 @@ def _issue(
     csr: bytes,
     common_name: str,
     names: list[str],
-    usage: x509.ObjectIdentifier,
+    usages: list[x509.ObjectIdentifier],
     now: datetime,
     days: int,
 ) -> bytes:
@@ -108,7 +109,7 @@ def _issue(
         _builder(subject, ca.subject, public_key, now, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(sign=True), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
     )

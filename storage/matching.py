@@ -103,7 +103,8 @@ def _of_text(column: str, text: str, take: Parameters) -> str:
     if not text.strip("*"):
         return ""
     if "*" in text or "?" in text:
-        return f"{column} GLOB {take(glob(text))}"
+        # '+': by an index of this column all that begins alike would be sorted before the first row.
+        return f"+{column.removeprefix('+')} GLOB {take(glob(text))}"
     return f"{column} = {take(text)}"
 
 
@@ -128,7 +129,7 @@ def _of_group(column: str, text: str, take: Parameters) -> str:
         found = f"{column} = {take(folded)}"
     if not found or "^" in text + folded or "*" in folded:
         return found
-    return f"({found} OR {column} GLOB {take(glob(folded) + '^*')})"
+    return f"({found} OR +{column} GLOB {take(glob(folded) + '^*')})"
 
 
 def _of_day(column: str, text: str, take: Parameters) -> str:

@@ -93,6 +93,10 @@ _PATIENTS = (
 )
 
 
+# What an index finds, and few rows have in common.
+_INDEXED = {"s.uid", "s.patient_id", "s.study_date", "s.accession", "e.uid", "i.uid"}
+
+
 def _held(series: str) -> str:
     return f"n.study = {series}.study AND n.series = {series}.uid AND n.state = 'held'{{calling}}"
 
@@ -105,8 +109,9 @@ def _instances(tables: str, where: str) -> str:
     return f"{tables} CROSS JOIN instance n ON {_held('m')} {where}"
 
 
-def _own(keyword: str, vr: str, column: str, tested: str = "") -> Attribute:
-    return Attribute(keyword, vr, column, tested or column)
+def _own(keyword: str, vr: str, column: str) -> Attribute:
+    # '+': no index is made for a statement, and none is used of a column in which many rows are alike.
+    return Attribute(keyword, vr, column, column if column in _INDEXED else f"+{column}")
 
 
 def _count(keyword: str, column: str) -> Attribute:
@@ -117,9 +122,8 @@ def _of_patient(what: str, where: str) -> str:
     return f"CASE WHEN s.patient_id <> '' THEN (SELECT count({what}) {where}) END"
 
 
-# A '+' keeps an index of a column from being used that few values share among all rows.
 _PATIENT = {
-    "00100010": _own("PatientName", "PN", "s.patient_name", "s"),
+    "00100010": Attribute("PatientName", "PN", "s.patient_name", "s"),
     "00100020": _own("PatientID", "LO", "s.patient_id"),
     "00100021": _own("IssuerOfPatientID", "LO", "s.patient_id_issuer"),
     "00100030": _own("PatientBirthDate", "DA", "s.patient_birth_date"),
@@ -145,7 +149,7 @@ _STUDY = {
         "SOPClassesInStudy",
         "UI",
         f"(SELECT json_group_array(DISTINCT n.sop_class) {_instances(*_STUDYS)})",
-        "n.sop_class",
+        "+n.sop_class",
         f"EXISTS (SELECT 1 {_instances(*_STUDYS)} AND {{test}})",
         several=True,
     ),
@@ -158,7 +162,7 @@ _SERIES = {
     "0020000E": _own("SeriesInstanceUID", "UI", "e.uid"),
     "00080021": _own("SeriesDate", "DA", "e.series_date"),
     "00080031": _own("SeriesTime", "TM", "e.series_time"),
-    "00080060": _own("Modality", "CS", "e.modality", "+e.modality"),
+    "00080060": _own("Modality", "CS", "e.modality"),
     "00081010": _own("StationName", "SH", "e.station_name"),
     "0008103E": _own("SeriesDescription", "LO", "e.series_description"),
     "00180015": _own("BodyPartExamined", "CS", "e.body_part"),
@@ -190,12 +194,14 @@ _ROWS = {
     "PATIENT": "SELECT s.rowid AS study, min(s.uid) FROM study s WHERE s.patient_id <> '' AND {tests}"
     " GROUP BY s.patient_id, s.patient_id_issuer ORDER BY s.patient_id, s.patient_id_issuer",
     "STUDY": f"SELECT s.rowid AS study FROM study s WHERE {{tests}} ORDER BY {_DATED}",
-    "SERIES": "SELECT s.rowid AS study, e.rowid AS series FROM study s JOIN series e ON e.study = s.uid"
+    "SERIES": "SELECT s.rowid AS study, e.rowid AS series FROM study s {join} series e ON e.study = s.uid"
     f" WHERE {{tests}} ORDER BY {_DATED}, {_NUMBERED}",
-    "IMAGE": "SELECT s.rowid AS study, e.rowid AS series, i.id AS instance FROM study s JOIN series e"
-    " ON e.study = s.uid JOIN instance i ON i.study = e.study AND i.series = e.uid"
+    "IMAGE": "SELECT s.rowid AS study, e.rowid AS series, i.id AS instance FROM study s {join} series e"
+    " ON e.study = s.uid {join} instance i{by} ON i.study = e.study AND i.series = e.uid"
     f" WHERE {{tests}} ORDER BY {_DATED}, {_NUMBERED}, CAST(i.instance_number AS INTEGER), i.uid",
 }
+# Keys that few rows have: where one is given, studies need not be gone through in their order.
+_FEW = frozenset({"0020000E", "00080018"})
 _FOUND = {
     "PATIENT": "CROSS JOIN study s ON s.rowid = f.study",
     "STUDY": "CROSS JOIN study s ON s.rowid = f.study",
@@ -227,13 +233,17 @@ def statement(query: Query, scope: Scope) -> tuple[str, list[str | int]]:
     take = Parameters()
     seen = _limits(scope, take)
     tests = [_SEEN[query.level].format_map(seen)]
+    join = "CROSS JOIN"
     for tag, values in query.match.items():
         attribute = supported.get(tag)
         if attribute is None or not attribute.tested:
             continue
         if test := condition(tag, attribute.vr, attribute.tested, values, take):
             tests.append(attribute.among.format(test=test, **seen))
-    rows = _ROWS[query.level].format(tests=" AND ".join(tests))
+            join = "JOIN" if tag in _FEW else join
+    # Without statistics SQLite would rather make an index of all instances first.
+    by = " INDEXED BY held_seen" if join == "CROSS JOIN" else ""
+    rows = _ROWS[query.level].format(tests=" AND ".join(tests), join=join, by=by)
     page = f"LIMIT {take(query.limit or -1)} OFFSET {take(query.offset)}"
     columns = [f'{supported[tag].column.format_map(seen)} AS "{tag}"' for tag in _tags(query) if tag in supported]
     return f"SELECT {', '.join(columns) or '1'} FROM ({rows} {page}) f {_FOUND[query.level]}", take

@@ -30,7 +30,7 @@ class DeskSettings(msgspec.Struct, kw_only=True):
 EXPLAINED = {
     "desk": "Finding and fetching studies (docs/desk.md), by a process of its own that has no key of the store: the\n"
     "vault decides each request and hands over what that request needs. Off by default.",
-    "desk.user": "The desk's own user, where it runs as another one than the vault; its group may use the socket below.",
+    "desk.user": "The desk's own user, where it runs as another one than the vault; its group may use that socket.",
     "desk.listen": 'Addresses for C-FIND, C-MOVE, C-GET and C-ECHO over TLS, as "127.0.0.1:2763"; empty for none.',
     "desk.web": 'Addresses for DICOMweb over HTTPS with client certificates, as "127.0.0.1:8443"; empty for none.',
     "desk.socket": "The Unix socket on which the vault answers the desk, at most 100 characters.",

@@ -75,6 +75,8 @@ def _errands(config: Config, users: tuple[int | None, str | None]) -> list[Child
             snapshot.prepare(config, users[0], users[1])
         # As the gate's user: whoever breaks in through this listener finds no more than behind the gate's.
         errands.append(Child(config, "metrics", ["metrics"], user=users[1]))
+    if config.settings.desk.runs:
+        errands.append(Child(config, "desk", ["desk"], user=config.settings.desk.user or users[1]))
     if config.settings.audit.forward:
         errands.append(Child(config, "audit forwarder", ["audit-forwarder"], user=users[0]))
     return errands

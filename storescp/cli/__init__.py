@@ -16,6 +16,7 @@ _VERBS = {
     "install": ("storescp.cli.install", "Install as services of systemd, mend, upgrade or remove that."),
     "serve": ("storescp.cli.serve", "Run gate and vault under one supervisor."),
     "gate": ("storescp.cli.serve", "Run the gate alone."),
+    "desk": ("storescp.cli.serve", "Run the desk alone."),
     "vault": ("storescp.cli.serve", "Run the vault alone."),
     "unlock": ("storescp.cli.setup", "Unlock the running vault."),
     "lock": ("storescp.cli.setup", "Lock the running vault."),

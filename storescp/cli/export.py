@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import sys
@@ -92,7 +93,7 @@ def export_command(
     Files are written in clear, as the user that runs this command, under STUDY/SERIES/INSTANCE.dcm. What is there
     already stays, so a stopped export goes on where it was.
 
-    With --cms and --sign a study becomes one mail message (S/MIME), signed and sealed for the recipients, that any mail
+    With --cms and --sign a study becomes one mail message (S/MIME), signed and sealed for the recipients, that a mail
     program with their key opens. It is written whole or not at all, never over another file; nothing is sent, and
     nothing is written in clear (docs/email-export.md).
 
@@ -100,7 +101,7 @@ def export_command(
     Examples:
       $ strongroom export --study 1.2.840.113619.2.5 --to /mnt/transfer
       $ strongroom export --sop 1.2.840.113619.2.5.1.1 --output slice.dcm
-      $ strongroom export --study 1.2.840.113619.2.5 --cms dr-lee.pem --sign radiology.pem \\
+      $ strongroom export --study 1.2.840.113619.2.5 --cms dr-lee.pem --sign radiology.pem \
           --signer-key radiology.key --output study.eml
     Exit status: 0 done, 3 some failed, 4 locked, 5 nothing matched.
     """
@@ -196,13 +197,13 @@ def _seal(given: str | None, mail: _Mail, as_json: bool) -> int:
     from storescp import cms, mailkeys
     from storescp.harden import harden
 
-    # Plaintext and a private key come into this process: neither may leave it for a disk.
-    harden(0o077)
     if not is_uid(mail.study):
         raise click.UsageError("--study takes one whole UID here, no pattern")
-    _check_free(mail.file)
     if len(mail.recipients) > cms.MOST_RECIPIENTS:
         raise click.UsageError(f"a message has at most {cms.MOST_RECIPIENTS} recipients")
+    _check_free(mail.file)
+    # Plaintext and a private key come into this process: neither may leave it for a disk.
+    harden(0o077)
     now = datetime.now(UTC)
     # One that is named twice is one.
     found = {holder.fingerprint: holder for holder in (mailkeys.read_recipient(path, now) for path in mail.recipients)}
@@ -266,10 +267,9 @@ def _place(content: bytes, target: Path) -> None:
     except FileExistsError as error:
         raise StrongroomError(f"{target} exists already", hint="remove it, or name another file") from error
     except OSError as error:
-        raise StrongroomError(
-            f"{target} cannot be written: {error.strerror}",
-            hint="where a disk has no modes and links, as a USB stick, write it elsewhere and copy it there",
-        ) from error
+        plain = error.errno in {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
+        hint = "this file system has no modes or no links, as many USB sticks: write it elsewhere and copy it there"
+        raise StrongroomError(f"{target} cannot be written: {error.strerror}", hint=hint if plain else "") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             part.unlink()

@@ -63,6 +63,24 @@ def gate_worker_command(given: str | None, /, channel: int, replaces: bool) -> N
     worker.run(config, socket.socket(fileno=channel), replaces=replaces)
 
 
+@click.command("desk")
+@click.pass_obj
+def desk_command(given: str | None, /) -> None:
+    r"""Run the desk alone: answers queries and gives studies back to the peers that may, opens nothing by itself.
+
+    \b
+    Example:
+      $ strongroom desk
+    Exit status: 0 stopped, 1 cannot start, 2 configuration.
+    """
+    from storescp import child
+    from storescp.desk import service
+
+    config = _started("desk", given)
+    child.die_with_parent()
+    service.run(config)
+
+
 @click.command("vault")
 @click.option("--connection", type=int, hidden=True, help="Serve one inherited connection only.")
 @click.pass_obj

@@ -5,7 +5,8 @@ One of the two places of the gate that import pynetdicom.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import msgspec
 from pydicom.uid import UID
@@ -109,7 +110,7 @@ def _items(content: memoryview) -> Iterator[tuple[int, memoryview]]:
         content = content[4 + length :]
 
 
-class Offer(msgspec.Struct, frozen=True):
+class Offer(NamedTuple):
     """What a server offers a peer: what it may use, in which transfer syntaxes, and of what it may be the SCP."""
 
     uses: Callable[[str], bool]
@@ -159,16 +160,81 @@ def _agree(request: A_ASSOCIATE, offer: Offer, maximum_pdu: int) -> Agreement:
     reply.result = 0x00
     reply.result_source = 0x01
     reply.presentation_context_definition_results_list = results
+    reply.user_information = [*_about_us(maximum_pdu), *(role for uid, role in roles.items() if uid in classes)]
+    pdu = A_ASSOCIATE_AC()
+    pdu.from_primitive(reply)
+    return Agreement(pdu.encode(), accepted, int(request.maximum_length_received or 0))
+
+
+def request(
+    calling: str,
+    called: str,
+    contexts: dict[int, tuple[str, list[str]]],
+    *,
+    maximum_pdu: int,
+    roles: Iterable[str] = (),
+) -> bytes:
+    """Return an A-ASSOCIATE-RQ PDU: we are the SCU of what is proposed.
+
+    Args:
+        calling: Our AE title.
+        called: The other one's.
+        contexts: Abstract syntax and transfer syntaxes by odd id, at most 128.
+        maximum_pdu: The largest P-DATA-TF that we take.
+        roles: Abstract syntaxes of which we are the SCP, and the other side is the SCU.
+    """
+    asked = A_ASSOCIATE()
+    asked.application_context_name = UID("1.2.840.10008.3.1.1.1")
+    asked.calling_ae_title, asked.called_ae_title = calling, called
+    proposed = []
+    for number, (abstract, syntaxes) in contexts.items():
+        context = PresentationContext()
+        context.context_id = number
+        context.abstract_syntax = UID(abstract)
+        context.transfer_syntax = [UID(syntax) for syntax in syntaxes]
+        proposed.append(context)
+    asked.presentation_context_definition_list = proposed
+    asked.user_information = _about_us(maximum_pdu)
+    for abstract in roles:
+        role = SCP_SCU_RoleSelectionNegotiation()
+        role.sop_class_uid = UID(abstract)
+        role.scu_role, role.scp_role = False, True
+        asked.user_information.append(role)
+    pdu = A_ASSOCIATE_RQ()
+    pdu.from_primitive(asked)
+    return bytes(pdu.encode())
+
+
+def accepted(pdu: bytes, proposed: dict[int, tuple[str, list[str]]]) -> Agreement:
+    """Return what an A-ASSOCIATE-AC PDU accepts of what was proposed.
+
+    Raises:
+        WireError: It is malformed.
+    """
+    try:
+        found = A_ASSOCIATE_AC()
+        found.decode(pdu)
+        answer = found.to_primitive()
+        contexts = {}
+        for context in answer.presentation_context_definition_results_list:
+            number = int(context.context_id)
+            syntax = str(context.transfer_syntax[0]) if context.transfer_syntax else ""
+            if context.result == _ACCEPTED and number in proposed and syntax in proposed[number][1]:
+                contexts[number] = Context(proposed[number][0], syntax, receives=True)
+        return Agreement(b"", contexts, int(answer.maximum_length_received or 0))
+    except Exception as error:
+        # The library raises whatever it stumbles over.
+        raise WireError("the answer to an association request is malformed") from error
+
+
+def _about_us(maximum_pdu: int) -> list[Any]:
     length = MaximumLengthNotification()
     length.maximum_length_received = maximum_pdu
     class_uid = ImplementationClassUIDNotification()
     class_uid.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
     version = ImplementationVersionNameNotification()
     version.implementation_version_name = IMPLEMENTATION_VERSION
-    reply.user_information = [length, class_uid, version, *(role for uid, role in roles.items() if uid in classes)]
-    pdu = A_ASSOCIATE_AC()
-    pdu.from_primitive(reply)
-    return Agreement(pdu.encode(), accepted, int(request.maximum_length_received or 0))
+    return [length, class_uid, version]
 
 
 def _decide(proposed: PresentationContext, offer: Offer) -> tuple[int, str]:

@@ -84,13 +84,22 @@ def server_context(certificate: Path, private_key: Path, trust: Trust, peers: Pe
     """
     context = strict_context()
     context.load_cert_chain(certificate, private_key)
+    trusted(context, trust, peers)
+    return context
+
+
+def trusted(context: ssl.SSLContext, trust: Trust, peers: Peers) -> None:
+    """Let a context trust the configured authorities, and each certificate that a peer file binds for itself.
+
+    Raises:
+        OSError: A file cannot be read (ssl.SSLError: or holds no certificate).
+    """
     for file in trust.files:
         context.load_verify_locations(file)
     # As DER: what else a peer file has around a certificate, text or a second one, is not trusted and breaks nothing.
     pinned = b"".join(_der(pem) for peer in peers.by_title.values() for pem in peer.certificates)
     if pinned:
         context.load_verify_locations(cadata=pinned)
-    return context
 
 
 def strict_context() -> ssl.SSLContext:

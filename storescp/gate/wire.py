@@ -16,7 +16,7 @@ and whatever breaks a rule raises WireError; a reader that raised is not used ag
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 ASSOCIATE_RQ, ASSOCIATE_AC, ASSOCIATE_RJ = 0x01, 0x02, 0x03
@@ -185,6 +185,43 @@ def data_pdus(context_id: int, *, command: bool, content: bytes, maximum: int) -
         item = _ITEM.pack(len(piece) + 2, context_id, control)
         result.append(_HEADER.pack(P_DATA_TF, 0, len(item) + len(piece)) + item + piece)
     return b"".join(result)
+
+
+def data_stream(context_id: int, parts: Iterable[bytes | memoryview], *, length: int, maximum: int) -> Iterator[bytes]:
+    """Yield a data set as P-DATA-TF PDUs while its parts come.
+
+    Args:
+        context_id: The presentation context.
+        parts: Its bytes.
+        length: How many they are.
+        maximum: The receiver's maximum PDU length; 0 means it has none.
+
+    Raises:
+        WireError: The receiver has no room for a single byte, or there are more or fewer bytes.
+    """
+    if 0 < maximum <= 6:
+        raise WireError("the peer's maximum PDU length leaves no room for a byte")
+    size = min(maximum or 1 << 17, 1 << 17) - 6
+    left = length
+    if not left:
+        yield data_pdus(context_id, command=False, content=b"", maximum=maximum)
+    for part in parts:
+        view = memoryview(part)
+        left -= len(view)
+        if left < 0:
+            raise WireError("a data set is longer than was said")
+        for start in range(0, len(view), size):
+            piece = view[start : start + size]
+            control = 2 if left == 0 and start + size >= len(view) else 0
+            head = _HEADER.pack(P_DATA_TF, 0, len(piece) + 6) + _ITEM.pack(len(piece) + 2, context_id, control)
+            yield b"".join((head, piece))
+    if left:
+        raise WireError("a data set is shorter than was said")
+
+
+def release_request() -> bytes:
+    """Return an A-RELEASE-RQ PDU."""
+    return _HEADER.pack(RELEASE_RQ, 0, 4) + bytes(4)
 
 
 def release_reply() -> bytes:

@@ -1,0 +1,45 @@
+"""A TLS tunnel for clients that speak none: DCMTK's getscu and movescu up to 3.6.7."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def tunnel(issued: Path, title: str, port: int) -> Iterator[int]:
+    """Give a port without TLS on this machine; what comes there goes on over TLS, as a peer.
+
+    Args:
+        issued: The peer's folder, as ``peer add --issue`` made it.
+        title: Its AE title.
+        port: Of the server.
+    """
+    context = ssl.create_default_context(cafile=str(issued / "ca.pem"))
+    context.check_hostname = False
+    context.load_cert_chain(issued / f"{title}.pem", issued / f"{title}.key")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    plain, _ = listening.accept()
+                    secured = context.wrap_socket(socket.create_connection(("127.0.0.1", port)))
+                    for source, target in ((plain, secured), (secured, plain)):
+                        threading.Thread(target=_pump, args=(source, target), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield int(listening.getsockname()[1])
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    for one in (source, target):
+        with contextlib.suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
