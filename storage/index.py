@@ -253,6 +253,15 @@ class Index:
         ).fetchone()
         return _place(row) if row else None
 
+    def standing(self, sop_uid: str) -> list[tuple[str, str, str, bool]]:
+        """Return each version of an instance: its state, SOP class, calling AE title, and whether it is admitted."""
+        rows = self._db.execute(
+            "SELECT i.state, i.sop_class, i.calling, p.place <> 'incoming' FROM instance i"
+            " JOIN pack p ON p.id = i.pack WHERE i.uid = ?",
+            [sop_uid],
+        )
+        return [(str(row[0]), str(row[1]), str(row[2]), bool(row[3])) for row in rows]
+
     def of_object(self, object_id: bytes) -> list[Place]:
         """Return where records with an object id lie, whatever their state."""
         rows = self._db.execute(f"SELECT {_PLACE} FROM instance WHERE object_id = ?", [object_id.hex()])  # noqa: S608

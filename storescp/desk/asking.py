@@ -73,6 +73,24 @@ class Asking:
             except HandoverError as error:
                 raise AskingError(f"the vault's answer: {error}", 1) from error
 
+    def commitments(self) -> list[dict[str, Any]]:
+        """Return the reports of storage commitment that are due.
+
+        Raises:
+            AskingError: The vault is locked, or does not run.
+        """
+        with self._client() as client:
+            return list(client.lines("GET", "/v1/commitments"))
+
+    def told(self, commitment_id: str, why: str) -> None:
+        """Say that a report was delivered, or why not.
+
+        Raises:
+            AskingError: The vault is locked, or does not run.
+        """
+        with self._client() as client:
+            client.json("POST", "/v1/commitments/told", {"id": commitment_id, "delivered": not why, "why": why})
+
     @contextlib.contextmanager
     def _client(self) -> Iterator[Client]:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from storescp import notify, peers
 from storescp.config import Config, parse_address
 from storescp.desk.asking import Asking
+from storescp.desk.commit import Reports
 from storescp.desk.outgoing import Outgoing
 from storescp.desk.serving import Serving, Session, Tools
 from storescp.errors import StrongroomError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _TICK_SECONDS = 0.5
 _DRAIN_SECONDS = 10.0
+# How often the vault is asked for reports that are due.
+_REPORT_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,11 @@ class _Desk:
         self._stamp = self._files()
         self._policy = self._read()
         asking = Asking(config.desk_socket)
-        tools = Tools(config, asking, lambda: self._policy.peers, Outgoing(config, lambda: self._policy))
+        outgoing = Outgoing(config, lambda: self._policy)
+        tools = Tools(config, asking, lambda: self._policy.peers, outgoing)
+        settings = config.settings
+        self._reports = Reports(asking, outgoing, settings.gate.ae_title, float(settings.desk.idle_seconds))
+        self._stopping = threading.Event()
         self._connections: Connections[Session] = Connections(self._policy, Serving(tools))
         self._asking = asking
         self._web: Web | None = None
@@ -96,7 +103,8 @@ class _Desk:
             self._web.start()
         if self._listening:
             threading.Thread(target=self._accept, daemon=True, name="accept").start()
-        addresses = ", ".join([*self._settings.listen, *(f"https://{text}" for text in self._settings.web)])
+        threading.Thread(target=self._report, daemon=True, name="reports").start()
+        addresses = ", ".join([*(listeners.text(s.getsockname()) for s in self._listening), *(f"https://{text}" for text in self._settings.web)])
         log.info("listening on %s", addresses)
 
     def again(self) -> None:
@@ -120,11 +128,19 @@ class _Desk:
 
     def stop(self) -> None:
         """Accept no more; let requests that are under way end, within a time."""
+        self._stopping.set()
         for sock in self._listening:
             sock.close()
         if self._web is not None:
             self._web.stop(_DRAIN_SECONDS)
         self._connections.drain(_DRAIN_SECONDS)
+
+    def _report(self) -> None:
+        while not self._stopping.wait(_REPORT_SECONDS):
+            try:
+                self._reports.turn(self._policy.peers)
+            except Exception:
+                log.exception("reports of storage commitment are tried again")
 
     def _accept(self) -> None:
         poll = select.poll()

@@ -7,6 +7,7 @@ import struct
 import msgspec
 
 C_STORE_RQ, C_GET_RQ, C_FIND_RQ, C_MOVE_RQ, C_ECHO_RQ, C_CANCEL_RQ = 0x0001, 0x0010, 0x0020, 0x0021, 0x0030, 0x0FFF
+N_EVENT_REPORT_RQ, N_ACTION_RQ = 0x0100, 0x0130
 NO_DATA_SET = 0x0101
 PENDING = 0xFF00
 COMMAND_LIMIT = 16_384
@@ -25,7 +26,10 @@ class CommandError(Exception):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """What a request's command set says. UIDs without their padding; ``destination`` is a C-MOVE's."""
+    """What a request's command set says. UIDs without their padding.
+
+    ``destination`` is a C-MOVE's, ``action`` the type of an N-ACTION.
+    """
 
     field: int
     message_id: int
@@ -33,6 +37,7 @@ class Command(msgspec.Struct, frozen=True):
     sop_instance: str
     has_data_set: bool
     destination: str = ""
+    action: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -72,6 +77,7 @@ def decode(content: bytes) -> Command:
         _uid(elements, 0x1000) or _uid(elements, 0x1001),
         has_data_set=_number(elements, 0x0800) != NO_DATA_SET,
         destination=elements.get(0x0600, b"").decode("ascii", "replace").strip(" \0"),
+        action=_number(elements, 0x1008) if field == N_ACTION_RQ else 0,
     )
 
 
@@ -117,6 +123,21 @@ def store_request(
     return _ELEMENT.pack(0, 0, 4) + struct.pack("<I", len(body)) + body
 
 
+def event_report(message_id: int, sop_class: str, sop_instance: str, event: int) -> bytes:
+    """Return the command set of an N-EVENT-REPORT request with a data set."""
+    body = b"".join(
+        [
+            _text(0x0002, sop_class, b"\0"),
+            _short(0x0100, N_EVENT_REPORT_RQ),
+            _short(0x0110, message_id),
+            _short(0x0800, _DATA_SET),
+            _text(0x1000, sop_instance, b"\0"),
+            _short(0x1002, event),
+        ]
+    )
+    return _ELEMENT.pack(0, 0, 4) + struct.pack("<I", len(body)) + body
+
+
 def response(
     command: Command, status: int, comment: str = "", *, has_data_set: bool = False, counts: Counts | None = None
 ) -> bytes:
@@ -138,6 +159,7 @@ def response(
             _short(0x0900, status),
             _text(0x0902, comment[:_COMMENT_LIMIT], b" ") if comment else b"",
             _text(0x1000, command.sop_instance, b"\0") if command.sop_instance not in {"", NO_UID} else b"",
+            _short(0x1008, command.action) if command.action else b"",
             *numbers,
         ]
     )

@@ -66,6 +66,16 @@ class Journal:
         with self._lock:
             self._keep({"time": _now(), "type": kind, **fields})
 
+    def event_now(self, kind: str, **fields: Any) -> None:
+        """Write an event at once, durably: it is the vault's when this returns.
+
+        Raises:
+            DepositError: No usable deposit key is published.
+            OSError: The disk refused it.
+        """
+        content, _ = _batch([{"time": _now(), "type": kind, **fields}])
+        events.deposit(self._incoming, self._store_id, self._keys, content)
+
     def refused(self, address: str, reason: str, calling: str = "", count: int = 1) -> None:
         """Keep that a connection was refused; alike ones become one event with a count."""
         host = address.rpartition(":")[0]

@@ -20,7 +20,7 @@ from pynetdicom.pdu_primitives import (
 )
 from pynetdicom.presentation import PresentationContext
 
-from storescp.gate.transfer import ENCODINGS, STORAGE_CLASSES, VERIFICATION
+from storescp.gate.transfer import COMMITMENT, ENCODINGS, STORAGE_CLASSES, VERIFICATION
 from storescp.gate.wire import WireError
 from storescp.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
 from storescp.peers import Peer
@@ -118,9 +118,15 @@ class Offer(NamedTuple):
     receives: Callable[[str], bool] = lambda _: False
 
 
-def storage(peer: Peer) -> Offer:
-    """Return what the gate offers: storage and verification; a peer is never the SCP of anything."""
-    return Offer(lambda abstract: may_use(peer, abstract))
+def storage(peer: Peer, *, commits: bool = False) -> Offer:
+    """Return what the gate offers: storage, its commitment and verification; a peer is never the SCP of anything.
+
+    Args:
+        peer: The peer.
+        commits: Somebody reports commitment, to where the peer listens.
+    """
+    may_commit = commits and "commit" in peer.operations and peer.listens is not None
+    return Offer(lambda abstract: may_use(peer, abstract) or (may_commit and abstract == COMMITMENT))
 
 
 def agree(request: Request, offer: Offer, *, maximum_pdu: int) -> Agreement:

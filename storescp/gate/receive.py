@@ -9,16 +9,18 @@ from typing import NamedTuple
 from storage.deposit import Deposits
 from storescp.config import Gate
 from storescp.gate import dimse, meter, wire
+from storescp.gate.commit import CommitRequest
 from storescp.gate.describe import Describer
 from storescp.gate.dimse import Command
 from storescp.gate.incoming import Incoming
+from storescp.gate.journal import Journal
 from storescp.gate.meter import Meter
 from storescp.gate.negotiate import Agreement, Context
 from storescp.gate.origin import Origin
 from storescp.gate.quota import Allowances
 from storescp.gate.status import SUCCESS, UNRECOGNIZED_OPERATION, Reason, RefusedError
 from storescp.gate.stream import StoppingError, Stream
-from storescp.gate.transfer import VERIFICATION
+from storescp.gate.transfer import COMMITMENT, VERIFICATION
 from storescp.peers import Peer
 from storescp.space import Watch
 
@@ -36,6 +38,7 @@ class Resources(NamedTuple):
     space: Watch
     allowances: Allowances
     meter: Meter
+    journal: Journal
 
 
 class Tally:
@@ -77,6 +80,8 @@ class Association:
         self._command_context = 0
         self._command: tuple[Command, int] | None = None
         self._incoming: Incoming | None = None
+        self._commit: CommitRequest | None = None
+        self._journal = resources.journal
         self._describer = Describer()
         self._between = True
         self.tally = Tally()
@@ -173,6 +178,8 @@ class Association:
             raise wire.WireError("a data set without its command, or of another presentation context")
         if self._incoming is not None:
             self._incoming.take(event.data)
+        elif self._commit is not None:
+            self._commit.take(event.data)
         if event.last:
             self._end()
 
@@ -185,7 +192,10 @@ class Association:
             self._begin_phase(between=True)
             return
         self._command = (command, context_id)
-        if command.field == dimse.C_STORE_RQ and context.abstract_syntax != VERIFICATION and command.has_data_set:
+        if command.field == dimse.N_ACTION_RQ and context.abstract_syntax == COMMITMENT and command.has_data_set:
+            self._commit = CommitRequest(context.transfer_syntax, self._origin, self._journal)
+        is_object = context.abstract_syntax not in {VERIFICATION, COMMITMENT}
+        if command.field == dimse.C_STORE_RQ and is_object and command.has_data_set:
             self._incoming = Incoming(command, context, self._origin, self._deposits, self._describer, self._space)
             if self._allowances.is_used_up(self._peer):
                 self._incoming.refuse(Reason.DAY_USED_UP)
@@ -197,6 +207,7 @@ class Association:
             raise wire.WireError("a message ends that never began")
         command, context_id = self._command
         incoming, self._incoming, self._command = self._incoming, None, None
+        request, self._commit = self._commit, None
         began = self._began
         status, comment = SUCCESS, ""
         refusal: Reason | None = None
@@ -207,6 +218,8 @@ class Association:
                 log.debug("association %s: stored object %s", self._origin.association, incoming.object_id)
             except RefusedError as refused:
                 refusal = refused.reason
+        elif request is not None:
+            status, comment = request.end(command.sop_instance, command.action)
         elif command.field == dimse.C_STORE_RQ:
             refusal = Reason.NO_DATA_SET if not command.has_data_set else Reason.SOP_CLASS
         elif command.field != dimse.C_ECHO_RQ:

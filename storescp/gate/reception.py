@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from storescp.gate import negotiate, wire
-from storescp.gate.journal import Journal, studies
+from storescp.gate.journal import studies
 from storescp.gate.negotiate import Agreement
 from storescp.gate.origin import Origin
 from storescp.gate.receive import Association, Resources
@@ -18,9 +18,16 @@ log = logging.getLogger(__name__)
 class Reception:
     """The service of a worker's connections."""
 
-    def __init__(self, resources: Resources, journal: Journal) -> None:
+    def __init__(self, resources: Resources, *, commits: bool) -> None:
+        """Prepare.
+
+        Args:
+            resources: What all associations share.
+            commits: There is a desk, which reports storage commitment.
+        """
         self._resources = resources
-        self._journal = journal
+        self._commits = commits
+        self._journal = resources.journal
         settings = resources.settings
         self.ae_title = settings.ae_title
         self.request_seconds: float = settings.request_seconds
@@ -28,7 +35,7 @@ class Reception:
 
     def agree(self, request: negotiate.Request, peer: Peer) -> Agreement:
         """Return what a peer may use of storage and verification."""
-        return negotiate.agree(request, negotiate.storage(peer), maximum_pdu=self.maximum_pdu)
+        return negotiate.agree(request, negotiate.storage(peer, commits=self._commits), maximum_pdu=self.maximum_pdu)
 
     def may_associate(self, number: int, peer: Peer) -> bool:
         """Ask the gate's first process, which counts over all workers."""

@@ -10,6 +10,8 @@ from pydicom._uid_dict import UID_dictionary
 from pynetdicom import AllStoragePresentationContexts
 
 VERIFICATION = "1.2.840.10008.1.1"
+# Storage Commitment Push Model.
+COMMITMENT = "1.2.840.10008.1.20.1"
 
 
 class Encoding(msgspec.Struct, frozen=True):

@@ -73,7 +73,9 @@ def run(config: Config, gate: socket.socket, *, replaces: bool) -> None:
         deposits.check()
         watch = space.Watch(config)
         policy = _policy(config, lenient=replaces)
-        reception = Reception(Resources(settings, deposits, watch, allowances, meter), journal)
+        reception = Reception(
+            Resources(settings, deposits, watch, allowances, meter, journal), commits=config.settings.desk.runs
+        )
         connections = Connections(policy, reception)
     except (DepositError, PeerError, CrlError, OSError) as error:
         raise StrongroomError(f"the gate cannot start: {error}") from error

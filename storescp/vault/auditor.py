@@ -25,6 +25,7 @@ from keys.keyring import Keyring, KeyringError, UnknownVersionError
 from keys.seal import SealError, open_sealed, seal
 from keys.versions import store_id_of
 from storage import audit, events
+from storage.attributes import is_uid
 from storage.audit import AuditError, Chain
 from storage.deposit import DepositError, PublishedKeys
 from storage.events import EventsError
@@ -34,6 +35,7 @@ from storescp import __version__
 from storescp.config import Config
 from storescp.errors import StrongroomError
 from storescp.log import escape
+from storescp.vault.commitmentrecords import Requested, keep
 
 _KEY = "audit"
 _DEPOSIT = "deposit-"
@@ -43,6 +45,8 @@ _SHORT = 128
 # A record leaves room for what a transcript puts around it.
 _RECORD_LIMIT = audit.RECORD_LIMIT - (1 << 10)
 _EVENTS_LIMIT = _RECORD_LIMIT - (1 << 10)
+# Of one request of storage commitment, in events.
+_PARTS_LIMIT = 100
 # How long the gate's events may be taken at a time: whoever asks something of the vault waits meanwhile.
 _TAKE_SECONDS = 1.0
 
@@ -61,6 +65,10 @@ class Event(msgspec.Struct):
     address: str = ""
     certificate: str = ""
     peers: dict[str, str] = msgspec.field(default_factory=dict)
+    transaction: str = ""
+    part: int = 0
+    parts: int = 0
+    instances: list[str] = msgspec.field(default_factory=list)
 
 
 class _Export:
@@ -369,6 +377,8 @@ class Auditor:
                 self.record("events-refused", file=name, reason=str(error)[:_SHORT])
                 self._taken.add(name)
             else:
+                # First: until it is recorded, the file stays, and is taken again.
+                self._commit(found)
                 if told:
                     self.record("gate-events", file=name, events=told)
                 # At once: whatever fails from here on, they are not recorded again.
@@ -403,10 +413,20 @@ class Auditor:
                 told += _changed(peer_files, event, entry)
                 peer_files = event.peers
             else:
-                told.append(entry)
+                # Whom a request of commitment names is the ledger's to keep; the chain has how many.
+                told.append(entry | {"instances": len(event.instances)} if event.instances else entry)
         if len(encoding.canonical(told)) > _EVENTS_LIMIT:
             raise EventsError("they are too many for a record")
         return found, told, peer_files
+
+    def _commit(self, found: list[Event]) -> None:
+        asked = [
+            Requested(e.calling[:_SHORT], e.transaction[:_SHORT], e.part, e.parts, e.instances)
+            for e in found
+            if e.type == "commitment-requested" and is_uid(e.transaction) and 0 <= e.part < e.parts <= _PARTS_LIMIT
+        ]
+        if asked and self._ledger is not None:
+            keep(self._ledger, asked, time.time())
 
     def _used(self, found: list[Event]) -> None:
         uses = [

@@ -29,7 +29,6 @@ from storescp.vault.api.status import total_loss
 from storescp.vault.erase import Erase
 from storescp.vault.forward import Forward
 from storescp.vault.forwardstate import remember_erasures
-from storescp.vault.grants import Grants
 from storescp.vault.jobs import jobs_of
 from storescp.vault.numbers import Numbers
 from storescp.vault.retain import Retain
@@ -79,7 +78,7 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
             log.warning("%s", warning)
         vault.auditor.started()
         notify.ready()
-        _work(vault, schedule, stop, desk.grants if desk else None)
+        _work(vault, schedule, stop, desk)
         notify.stopping()
         server.close()
         schedule.close()
@@ -91,7 +90,7 @@ def run(config: Config, *, single: socket.socket | None = None) -> None:
         log.info("stopped")
 
 
-def _work(vault: Vault, schedule: Schedule, stop: Stop, grants: Grants | None) -> None:
+def _work(vault: Vault, schedule: Schedule, stop: Stop, desk: DeskAccess | None) -> None:
     """Admit, and do what comes with time, until the vault is to stop."""
     thread = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
@@ -107,12 +106,14 @@ def _work(vault: Vault, schedule: Schedule, stop: Stop, grants: Grants | None) -
                 Rotate(vault).destroy_due()
                 Erase(vault).resume()
                 Retain(vault).look_at_clock()
-                if grants is not None:
-                    grants.settle()
+                if desk is not None:
+                    desk.grants.settle()
         except Exception:
             # A full disk or a damaged file must not end the vault: deposits stay where they are.
             log.exception("admission failed and is tried again")
             done = True
+        if desk is not None:
+            desk.turn()
         alarms.turn()
         schedule.tick()
         forward.turn()

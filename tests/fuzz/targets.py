@@ -514,7 +514,7 @@ def _associated(parts: Iterable[bytes]) -> tuple[str, bytes, list[tuple[object, 
     origin = Origin("ab", "CT1", "STRONGROOM", "192.0.2.1:1024", "")
     agreement = Agreement(b"", _CONTEXTS, MAXIMUM_PDU)
     try:
-        resources = Resources(config.Gate(), outside, outside, Allowances(lambda _: None), Meter(wanted=False))
+        resources = Resources(config.Gate(), outside, outside, Allowances(lambda _: None), Meter(wanted=False), outside)
         ending = Association(outside, Reader(MAXIMUM_PDU), agreement, origin, _PEER, resources).run([])
     except WireError:
         # Of two broken rules, the one that shows first depends on the pieces.

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import grp
 import itertools
+import logging
 import pwd
 
+import msgspec
+
+from storage.sqlite import DatabaseError
 from storescp.config import Config
 from storescp.control import Request, Response, json_response, lines_response
 from storescp.errors import StrongroomError
+from storescp.log import escape
 from storescp.vault.api.requests import Routes
+from storescp.vault.commitments import Commitments
 from storescp.vault.grants import FindRequest, Grants, RetrieveRequest
 from storescp.vault.state import Vault
+
+log = logging.getLogger(__name__)
 
 
 class DeskAccess:
@@ -20,10 +28,13 @@ class DeskAccess:
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
         self.grants = Grants(vault)
+        self.commitments = Commitments(vault)
         self._routes: Routes = {
             ("GET", "/v1/locked"): self._locked,
             ("POST", "/v1/find"): self._find,
             ("POST", "/v1/retrieve"): self._retrieve,
+            ("GET", "/v1/commitments"): self._due,
+            ("POST", "/v1/commitments/told"): self._told,
         }
 
     def handle(self, request: Request) -> Response:
@@ -37,6 +48,13 @@ class DeskAccess:
             raise StrongroomError(f"the desk may not ask for {request.method} {request.path}")
         return route(request)
 
+    def turn(self) -> None:
+        """Decide requests of commitment; what fails is tried again at the next turn."""
+        try:
+            self.commitments.turn()
+        except (StrongroomError, DatabaseError, OSError) as error:
+            log.error("storage commitment waits: %s", error)
+
     def _locked(self, _request: Request) -> Response:
         return json_response({"locked": self._vault.opened is None})
 
@@ -46,8 +64,24 @@ class DeskAccess:
         first = next(rows, None)
         return lines_response(itertools.chain([] if first is None else [first], rows))
 
+    def _due(self, _request: Request) -> Response:
+        return lines_response(self.commitments.due())
+
+    def _told(self, request: Request) -> Response:
+        asked: ToldRequest = request.json(ToldRequest)
+        self.commitments.told(request.uid, asked.id, delivered=asked.delivered, why=escape(asked.why)[:200])
+        return json_response({})
+
     def _retrieve(self, request: Request) -> Response:
         return Response(self.grants.retrieve(request.uid, request.json(RetrieveRequest)))
+
+
+class ToldRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Whether a report of storage commitment was delivered, and if not, why."""
+
+    id: str
+    delivered: bool
+    why: str = ""
 
 
 def group_of(config: Config) -> str:

@@ -1,0 +1,69 @@
+"""Requests of storage commitment as the ledger keeps them."""
+
+from __future__ import annotations
+
+import msgspec
+
+from storage.ledger import Ledger
+from storage.records import Records
+
+COLLECTING, WAITING, DECIDED = "collecting", "waiting", "decided"
+
+
+class Requested(msgspec.Struct):
+    """A part of a request, as the gate tells it; ``instances`` are SOP class and instance with a space between."""
+
+    calling: str
+    transaction: str
+    part: int
+    parts: int
+    instances: list[str]
+
+
+class Failure(msgspec.Struct):
+    """An instance that is not committed, and the reason."""
+
+    sop_class: str
+    sop: str
+    reason: int
+
+
+class Commitment(msgspec.Struct):
+    """A request and what is known of it. Times are seconds since 1970."""
+
+    calling: str
+    transaction: str
+    asked: float
+    parts: int
+    got: dict[int, list[str]] = msgspec.field(default_factory=dict)
+    failed: list[Failure] = msgspec.field(default_factory=list)
+    attempts: int = 0
+    due: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """How the ledger knows it."""
+        return f"{self.calling}/{self.transaction}"
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return what it refers to, SOP class and instance each."""
+        found = (text.partition(" ") for number in sorted(self.got) for text in self.got[number])
+        return [(sop_class, sop) for sop_class, _, sop in found]
+
+
+def keep(ledger: Ledger, requested: list[Requested], now: float) -> None:
+    """Keep parts of requests; the same part again changes nothing."""
+    known = records_of(ledger)
+    for part in requested:
+        fresh = Commitment(part.calling, part.transaction, now, part.parts)
+        kept = known.get(fresh.id)
+        if kept is None or kept.parts != part.parts or len(kept.got) == kept.parts:
+            # Asked anew, by the same transaction.
+            kept = fresh
+        kept.got[part.part] = part.instances
+        known.put(kept.id, kept, WAITING if len(kept.got) == kept.parts else COLLECTING)
+
+
+def records_of(ledger: Ledger) -> Records[Commitment]:
+    """Return the requests."""
+    return ledger.records("commitment", Commitment)
