@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pki
-from conftest import Server
+from conftest import Server, send
+from pydicom.data import get_testdata_file
 from pynetdicom import AE
 
 from storescp.doctor import exposure, probe, running
 from storescp.doctor.findings import CRITICAL, OK, UNKNOWN, WARNING
 from storescp.doctor.probe import ACCEPTED, SILENT
 
+CT = Path(str(get_testdata_file("CT_small.dcm")))
 # An address of this process's own on the loopback: whoever listens on it is the server of this test.
 LOCAL = f"127.{os.getpid() >> 8 & 255}.{os.getpid() & 255}.86"
 PLAINTEXT = f'[{{ listen = "{LOCAL}:0", plaintext = "a test", addresses = ["127.0.0.1"], peers = ["OLD"] }}]'
@@ -66,6 +68,13 @@ def test_the_doctor_finds_what_a_store_for_trying_out_lacks_and_what_was_planted
     assert "plaintext = []" in text
     server.config.write_text(text.replace("plaintext = []", f"plaintext = {PLAINTEXT}"))
     server.start()
+
+    # Nothing is there yet that could be lost.
+    kept = {"recovery-export", "backup", "drill", "patches", "alerts", "audit-forwarding"}
+    empty = grades(server.run("doctor", "--json").json())
+    assert {empty[practice] for practice in kept} == {"advice"}
+    assert send(server, [CT]) == [0]
+    server.wait_admitted()
 
     done = server.run("doctor", "--json")
     found = done.json()

@@ -259,7 +259,7 @@ HELD = {
     "CS": ["", "CT", "MR", "SR"],
     "DA": ["", "20260101", "20260131", "20251231", "2026.01.31", "2026"],
     "TM": ["", "10", "1030", "103000", "103000.5", "103059.999999", "1031", "093060", "10:30", "noon"],
-    "IS": ["", "1", "01", "+2", "-2", "10", "x", "1-2"],
+    "IS": ["", "1", "01", "+2", "-2", "10", "x", "x1", "1-2"],
 }
 ASKED = {
     "PN": ["*", "doe*", "DOE", "doe^j*", "D?e", "*[E]*", "山田*", "=山田", "Yamada==やまだ*", "strasse", "*^J???", "^"],
@@ -401,7 +401,7 @@ def test_dates_and_times_are_matched_each_by_itself(store: Store) -> None:
 
 
 def test_numbers_are_compared_as_numbers(store: Store) -> None:
-    numbers = ["1", "01", "+1", "-1", "10", "", "x", "1x", "--1", "99999999999999999999"]
+    numbers = ["1", "01", "+1", "-1", "10", "", "x", "1x", "x1", "--1", "99999999999999999999"]
     store.fill(study(f"1.{place}", T00200011=text) for place, text in enumerate(numbers))
     for key, found in {"1": "1 01 +1", "001": "1 01 +1", " +1 ": "1 01 +1", "-01": "-1", "0": "", "10": "10"}.items():
         rows = store.ask("SERIES", T00200011=key)
@@ -677,7 +677,10 @@ def test_the_first_row_does_not_wait_for_later_ones(store: Store, level: str, ma
 
 
 def test_who_asks_by_a_key_that_few_have_does_not_wait_for_a_look_at_all(store: Store) -> None:
-    store.fill(study(f"1.{n}", T00100020=f"P{n}", T00080050=f"A{n}", T00080020=f"2026{n:04}") for n in range(300))
+    store.fill(
+        study(f"1.{n}", T00100020=f"P{n}", T00080050=f"A{n}", T00080020=f"2026{n:04}", T00080060="CT")
+        for n in range(300)
+    )
     whole = steps(store, Query("STUDY", {}), 300)
     for level, match in [
         ("PATIENT", {PATIENT: ["P7"]}),
@@ -685,7 +688,8 @@ def test_who_asks_by_a_key_that_few_have_does_not_wait_for_a_look_at_all(store: 
         ("STUDY", {DATE: ["20260007"]}),
         ("STUDY", {ACCESSION: ["A7"]}),
         ("SERIES", {STUDY: ["1.7"]}),
-        ("SERIES", {SERIES: ["1.7.1"]}),
+        ("SERIES", {SERIES: ["1.7.1"], MODALITY: ["CT"]}),
+        ("SERIES", {DATE: ["20260007"], MODALITY: ["CT"]}),
         ("IMAGE", {INSTANCE: ["1.7.9"]}),
         ("IMAGE", {STUDY: ["1.7"], SERIES: ["1.7.1"]}),
     ]:
