@@ -14,7 +14,7 @@ from pathlib import Path
 from pydicom._uid_dict import UID_dictionary
 from pynetdicom.sop_class import _STORAGE_CLASSES
 
-from storescp import __version__, peers
+from storescp import __version__, conformancedesk, peers
 from storescp.config import Config, parse_address
 from storescp.gate import status
 from storescp.gate.incoming import HEAD_BUFFER_LIMIT
@@ -46,7 +46,7 @@ def statement(config: Config, found: Peers) -> str:
     known = list(found.by_title.values()) or [default_peer()]
     sections = [
         _head(config, found),
-        _overview(known),
+        _overview(config, known),
         _contents(),
         _introduction(),
         _model(config),
@@ -74,9 +74,11 @@ def classes(known: Iterable[Peer]) -> list[str]:
     return sorted((uid for uid in offered if any(may_use(peer, uid) for peer in known)), key=_order)
 
 
-def served(operation: str) -> bool:
+def served(config: Config, operation: str) -> bool:
     """Tell whether a peer that may do one operation alone can do anything at all."""
-    return bool(classes([default_peer(operation)]))
+    if operation in {"echo", "store"}:
+        return bool(classes([default_peer(operation)]))
+    return conformancedesk.serves(config, operation)
 
 
 def suites(context: ssl.SSLContext) -> list[tuple[str, str]]:
@@ -101,10 +103,14 @@ they keep without the N. This one is of AE `{config.settings.gate.ae_title}`.
 {said}"""
 
 
-def _overview(known: Sequence[Peer]) -> str:
+def _overview(config: Config, known: Sequence[Peer]) -> str:
     offered = classes(known)
     services = [
-        [_SERVICES[name], "No", "Yes" if served(name) and any(name in p.operations for p in known) else "No"]
+        [
+            _SERVICES[name],
+            "Yes" if name == "store" and config.settings.desk.listen else "No",
+            "Yes" if served(config, name) and any(name in p.operations for p in known) else "No",
+        ]
         for name in OPERATIONS
     ]
     stored = [[_name(uid), f"`{uid}`"] for uid in offered if uid != VERIFICATION]
@@ -134,7 +140,7 @@ Notification and Print Management: neither SCU nor SCP.
 
 ### 1.3 DICOM Web Services
 
-None.
+{"By the desk: docs/dicomweb.md." if config.settings.desk.web else "None."}
 
 ### 1.4 Media services
 
@@ -206,12 +212,21 @@ device may go on. A locked vault changes nothing for devices: it admits when it 
 
 #### 4.1.1 Functional definition of `{title}`
 
-It accepts associations and initiates none."""
+{_initiates(config)}"""
+
+
+def _initiates(config: Config) -> str:
+    if not config.settings.desk.runs:
+        return "It accepts associations and initiates none."
+    return (
+        "It accepts associations. Its desk, a process of its own with listeners of its own, initiates them to send "
+        "what is moved (C-STORE) and to report storage commitment (N-EVENT-REPORT)."
+    )
 
 
 def _services(config: Config) -> str:
     title = config.settings.gate.ae_title
-    mapping = [[_SERVICES[name], f"`{title}`", "SCP"] for name in OPERATIONS if served(name)]
+    mapping = [[_SERVICES[name], f"`{title}`", "SCP"] for name in OPERATIONS if served(config, name)]
     return f"""## 5 Service and interoperability description
 
 ### 5.1 Mapping of services to Application Entities
@@ -228,7 +243,7 @@ Not supported.
 
 ##### 5.2.5.1 SCU
 
-Not supported.
+{"For C-MOVE and C-GET, see 5.2.7." if config.settings.desk.listen else "Not supported."}
 
 ##### 5.2.5.2 SCP
 
@@ -240,18 +255,18 @@ Not supported.
 - **The same SOP Instance UID again:** the same content is answered with Success and kept once, or in another
   transfer syntax kept beside. Other content is answered with Success, never replaces what is there, and waits in
   quarantine for an admin.
-- **Access:** by `list` and `export` on this machine. A pixel is never decoded.
+- **Access:** by `list` and `export` on this machine, and by the desk (5.2.7). The gate and the vault decode no pixel.
 - **How long:** {_keeping(config)}
 - **Study and Series Instance UID** must be in the data set, and SOP Class and Instance UID the same as in the
   command; up to {HEAD_BUFFER_LIMIT >> 20} MiB may come before them.
 
 #### 5.2.6 Storage Commitment
 
-Not supported: a peer's file may name it for later releases, and it is refused in the negotiation.
+{conformancedesk.commitment(config)}
 
 #### 5.2.7 Query/Retrieve
 
-Not supported, as 5.2.6.
+{conformancedesk.retrieval(config, _table)}
 
 #### 5.2.8 Print Management
 
@@ -259,7 +274,7 @@ Not supported.
 
 ### 5.3 DICOM Web Services
 
-Not supported.
+{"See docs/dicomweb.md." if config.settings.desk.web else "Not supported."}
 
 ### 5.4 Media services
 
@@ -309,7 +324,7 @@ def _configuration(config: Config, found: Peers) -> str:
 ### 6.2 DIMSE services
 
 Each peer has a file: its calling AE title, how it proves itself (a certificate, a key, or a name issued by an
-authority), the addresses that it may come from, what it may do (`{"`, `".join(_operations())}`), to which Storage
+authority), the addresses that it may come from, what it may do (`{"`, `".join(_operations(config))}`), to which Storage
 SOP Classes it is confined, which Private ones it may store besides, and how many associations at a time, objects a
 minute and bytes a day. Configured: {len(found.by_title)}.
 
@@ -322,8 +337,8 @@ Nothing to configure.
 {_forwarded(config)}"""
 
 
-def _operations() -> list[str]:
-    return [name for name in OPERATIONS if served(name)]
+def _operations(config: Config) -> list[str]:
+    return [name for name in OPERATIONS if served(config, name)]
 
 
 def _network(config: Config, known: Sequence[Peer]) -> str:
@@ -334,16 +349,24 @@ def _network(config: Config, known: Sequence[Peer]) -> str:
         VERIFICATION in offered
     )
     contexts += [[f"the {storage} of 1.1", "see there", "all of the next table", "SCP", "none"]] if storage else []
+    contexts += [*conformancedesk.committing(config), *conformancedesk.contexts(config)]
+    initiated = (
+        "By the desk: storage as SCU for what is moved, in the stored transfer syntax and what it can be made into "
+        "(5.2.7); Storage Commitment Push Model as SCP, for reports (5.2.6)."
+        if config.settings.desk.runs
+        else "None."
+    )
     syntaxes = [[_name(uid), f"`{uid}`"] for uid in sorted(ENCODINGS, key=_order)]
+    desks = conformancedesk.statuses(config, _table)
     general = [
         ["Application Context Name", f"`{APPLICATION_CONTEXT}`"],
         ["Implementation Class UID", f"`{IMPLEMENTATION_CLASS_UID}`"],
         ["Implementation Version Name", f"`{IMPLEMENTATION_VERSION}`"],
         ["Maximum PDU size received", f"{gate.maximum_pdu} bytes; a larger one ends the association"],
         ["Maximum PDU size sent", "what the peer says; responses are short"],
-        ["Associations at a time", f"{gate.maximum_associations} accepted, none initiated"],
+        ["Associations at a time", f"{gate.maximum_associations} accepted"],
         ["Asynchronous operations window", "not negotiated: one operation at a time"],
-        ["SCP/SCU role selection", "the peer is SCU, never SCP"],
+        ["SCP/SCU role selection", "the peer is SCU; SCP only of storage that it gets by C-GET"],
         ["SOP Class Extended and Common Extended Negotiation", "not answered"],
     ]
     permanent, transient = "rejected-permanent", "rejected-transient"
@@ -368,7 +391,7 @@ def _network(config: Config, known: Sequence[Peer]) -> str:
 
 #### 7.2.1 Association initiation
 
-None.
+{initiated}
 
 #### 7.2.2 Association acceptance
 
@@ -397,7 +420,7 @@ While all places are taken, connections are closed before TLS.
 {_table(["Meaning", "Status", "Error Comment, or reason"], answers)}
 
 There is no warning. What is refused with `A700` may be sent again later; the others come again with the same
-instance. **Any other request** is answered with `{status.UNRECOGNIZED_OPERATION:04X}` (unrecognised operation)."""
+instance. **Any other request** is answered with `{status.UNRECOGNIZED_OPERATION:04X}` (unrecognised operation).{desks}"""
 
 
 def _kind(reason: Reason) -> str:
@@ -414,6 +437,7 @@ def _security(config: Config) -> str:
     gate = config.settings.gate
     ports = [[f"{parse_address(a)[1]}", "DICOM over TLS", f"`{a}`"] for a in gate.listen]
     ports += [[f"{parse_address(p.listen)[1]}", "DICOM WITHOUT TLS", f"`{p.listen}`"] for p in gate.plaintext]
+    ports += [[f"{parse_address(a)[1]}", what, f"`{a}`"] for a, what in conformancedesk.ports(config)]
     least = context.minimum_version.name.replace("TLSv", "TLS ").replace("_", ".")
     revoked = f"{len(gate.crls)} are configured" if gate.crls else "none is configured"
     return f"""## 8 Security

@@ -104,8 +104,9 @@ class _Desk:
         if self._listening:
             threading.Thread(target=self._accept, daemon=True, name="accept").start()
         threading.Thread(target=self._report, daemon=True, name="reports").start()
-        addresses = ", ".join([*(listeners.text(s.getsockname()) for s in self._listening), *(f"https://{text}" for text in self._settings.web)])
-        log.info("listening on %s", addresses)
+        addresses = [listeners.text(sock.getsockname()) for sock in self._listening]
+        addresses += [f"https://{text}" for text in self._settings.web]
+        log.info("listening on %s", ", ".join(addresses))
 
     def again(self) -> None:
         """Read peers and certificates again at the next look."""

@@ -8,11 +8,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from storage.query import SUPPORTED
 from storescp import conformance, peers
 from storescp.config import Config, Plaintext, Settings, Store
+from storescp.desk.models import MODELS
+from storescp.desksettings import DeskSettings
 from storescp.gate.status import Reason
 from storescp.gate.tls import strict_context
-from storescp.gate.transfer import ENCODINGS, STORAGE_CLASSES, VERIFICATION
+from storescp.gate.transfer import COMMITMENT, ENCODINGS, STORAGE_CLASSES, VERIFICATION
 from storescp.peers import OPERATIONS, Peer, PeerFile, Peers
 
 CHECKED_IN = Path(__file__).parents[3] / "docs" / "conformance.md"
@@ -70,7 +73,7 @@ def test_its_tables_are_what_the_gate_has() -> None:
 
 
 def test_only_what_is_served_is_claimed() -> None:
-    assert [name for name in OPERATIONS if conformance.served(name)] == ["echo", "store"]
+    assert [name for name in OPERATIONS if conformance.served(config(), name)] == ["echo", "store"]
     text = of(peer(operations=list(OPERATIONS)))
     services = {row[0]: row[1:] for row in re.findall(r"\| ([A-Z][^|]+) \| (Yes|No) \| (Yes|No) \|", text)}
     assert {name for name, (scu, _) in services.items() if scu == "Yes"} == set()
@@ -115,6 +118,30 @@ def test_limits_ports_and_listeners_without_tls_are_those_of_the_configuration()
     ports = [(row[0], row[1]) for row in rows(text, "Port")]
     assert ports == [("2762", "DICOM over TLS"), ("2763", "DICOM over TLS"), ("11112", "DICOM WITHOUT TLS")]
     assert "on every port but the 1 WITHOUT TLS" in text
-    for said in ("`ARCHIVE`", "65536 bytes", "7 accepted, none initiated", "| 33 s |"):
+    for said in ("`ARCHIVE`", "65536 bytes", "7 accepted", "| 33 s |"):
         assert said in text
     assert "STRONGROOM" not in text.replace("STRONGROOM_", "")
+
+
+def with_desk() -> Config:
+    made = config()
+    made.settings.desk = DeskSettings(listen=["192.0.2.1:2763"], web=["192.0.2.1:8443"])
+    return made
+
+
+def test_with_a_desk_its_services_keys_contexts_and_ports_are_told_and_without_none() -> None:
+    everybody = peer(operations=list(OPERATIONS), listens="ct1.example:104")
+    text = conformance.statement(with_desk(), Peers({"CT1": everybody}))
+    services = {row[0]: row[1:] for row in re.findall(r"\| ([A-Z][^|]+) \| (Yes|No) \| (Yes|No) \|", text)}
+    assert all(provider == "Yes" for _, provider in services.values())
+    assert services["Storage"] == ("Yes", "Yes")
+    assert [name for name in OPERATIONS if conformance.served(with_desk(), name)] == list(OPERATIONS)
+    contexts = {row[1] for row in rows(text, "Abstract syntax")}
+    assert set(MODELS) | {COMMITMENT} <= contexts
+    keys = {row[1][:11].replace(",", "")[1:9] for row in rows(text, "Level")}
+    assert keys == {tag for attributes in SUPPORTED.values() for tag in attributes}
+    assert {("2763", "DICOM over TLS (desk)"), ("8443", "DICOMweb, HTTPS (desk)")} <= {
+        (row[0], row[1]) for row in rows(text, "Port")
+    }
+    assert not (set(MODELS) | {COMMITMENT}) & {row[1] for row in rows(of(everybody), "Abstract syntax")}
+    assert "it has no desk" in of(everybody)

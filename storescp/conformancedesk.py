@@ -1,0 +1,116 @@
+"""What the conformance statement says of the desk: storage commitment, query and retrieval. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from pydicom.datadict import keyword_for_tag
+
+from storage.query import SUPPORTED
+from storescp.config import Config
+from storescp.desk import serving
+from storescp.desk.models import MODELS
+from storescp.desk.transcode import LIMIT
+from storescp.gate.transfer import COMMITMENT
+
+_NO_DESK = "Not supported by this configuration: it has no desk (`desk.listen`)."
+_Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
+
+
+def serves(config: Config, operation: str) -> bool:
+    """Tell whether a configuration serves an operation of the desk's."""
+    return bool(config.settings.desk.listen) if operation != "commit" else config.settings.desk.runs
+
+
+def commitment(config: Config) -> str:
+    """Return section 5.2.6."""
+    if not config.settings.desk.runs:
+        return _NO_DESK
+    return """Push model, SCP. A request (N-ACTION, action type 1, up to 1 MiB) is answered with Success when it is
+durable. It is decided once everything that the device sent before is admitted: each instance was then copied by the
+vault, opened and authenticated. The report (N-EVENT-REPORT) comes on a new association to where the device's peer
+file says that it listens, with role selection (this server is SCP); it is tried again for seven days, first after 30
+seconds, then ever later, also over restarts. Only what this device itself sent counts.
+
+| Failure Reason | When |
+| --- | --- |
+| `0110` processing failure | the device's version is in quarantine, or damaged |
+| `0112` no such object instance | the device sent none, or it was erased |
+| `0119` class-instance conflict | it was stored under another SOP Class |"""
+
+
+def retrieval(config: Config, table: _Table) -> str:
+    """Return section 5.2.7."""
+    if not config.settings.desk.listen:
+        return _NO_DESK
+    keys = []
+    for level, attributes in SUPPORTED.items():
+        for tag, attribute in sorted(attributes.items()):
+            if not any(tag in SUPPORTED[upper] for upper in list(SUPPORTED)[: list(SUPPORTED).index(level)]):
+                name = keyword_for_tag(int(tag, 16)) or attribute.keyword
+                keys.append(
+                    [level, f"({tag[:4]},{tag[4:]}) {name}", attribute.vr, attribute.matching or "returned only"]
+                )
+    return f"""C-FIND, C-MOVE and C-GET as SCP; C-STORE as SCU for the instances that are moved or got. Baseline
+behaviour: hierarchical, each level above the one asked for is one entity; relational queries, fuzzy matching and combined
+date-time matching are not negotiated. A peer's operations say what it may do, its file which instances it sees (by
+calling AE title and modality): what it does not see is not found, counted or sent.
+
+- **Matching** (PS3.4 C.2.2.2) by these keys; names without case, in all component groups. Other keys are returned
+  empty, and pending responses then have status `FF01`.
+- **Character sets** in: what the identifier says. Out: ASCII, else UTF-8 (ISO_IR 192).
+- **Retrieval** streams instances as they are stored. Where a peer takes another transfer syntax only, uncompressed ones
+  are made into Explicit or Implicit VR Little Endian, compressed ones decompressed where the plugins here can, up to
+  {LIMIT >> 20} MiB; otherwise that sub-operation fails, and its UID is in Failed SOP Instance UID List.
+- **C-MOVE** goes to peers whose file says where they listen, and to nobody else; over TLS they have to prove to be that
+  peer.
+- **C-CANCEL** ends a query between two rows and a retrieval between two instances.
+
+{table(["Level", "Key", "VR", "Matching"], keys)}"""
+
+
+def contexts(config: Config) -> list[list[str]]:
+    """Return the rows of the accepted presentation contexts of the desk's listeners."""
+    if not config.settings.desk.listen:
+        return []
+    syntaxes = "Explicit and Implicit VR Little Endian, and others of the next table"
+    rows = [[f"{_model(uid)}", f"`{uid}`", syntaxes, "SCP", "none"] for uid in MODELS]
+    return [*rows, ["storage, for C-GET", "see 1.1", "all of the next table", "SCU", "role selection"]]
+
+
+def committing(config: Config) -> list[list[str]]:
+    """Return the row of storage commitment at the gate's listeners."""
+    if not config.settings.desk.runs:
+        return []
+    return [["Storage Commitment Push Model", f"`{COMMITMENT}`", "all of the next table", "SCP", "none"]]
+
+
+def statuses(config: Config, table: _Table) -> str:
+    """Return what the desk's responses mean; empty without a desk."""
+    if not config.settings.desk.listen:
+        return ""
+    rows = [
+        ["C-FIND, C-MOVE, C-GET", f"{serving.SUCCESS:04X}", "done; also where nothing matches"],
+        ["C-FIND", "FF00, FF01", "a match; FF01: a key is not supported"],
+        ["C-FIND", "A700", "the vault is locked"],
+        ["C-FIND", "C001", "the peer may not, asks for too much at a time, or a key cannot be understood"],
+        ["C-FIND, C-MOVE, C-GET", "A900", "level or unique keys do not fit the model"],
+        ["C-FIND, C-MOVE, C-GET", f"{serving.CANCELLED:04X}", "cancelled"],
+        ["C-MOVE, C-GET", "FF00", "an instance was sent, or failed; with the numbers of sub-operations"],
+        ["C-MOVE, C-GET", f"{serving.SOME_FAILED:04X}", "some sub-operations failed; their UIDs are listed"],
+        ["C-MOVE, C-GET", "A702", "none could be done: locked, limited, the destination is not reached, all failed"],
+        ["C-MOVE", "A801", "the destination is no peer that listens"],
+    ]
+    return "\n\n**The desk's:**\n\n" + table(["Request", "Status", "When"], [[a, f"`{b}`", c] for a, b, c in rows])
+
+
+def ports(config: Config) -> list[tuple[str, str]]:
+    """Return the desk's addresses and what is spoken there."""
+    desk = config.settings.desk
+    return [(a, "DICOM over TLS (desk)") for a in desk.listen] + [(a, "DICOMweb, HTTPS (desk)") for a in desk.web]
+
+
+def _model(uid: str) -> str:
+    model = MODELS[uid]
+    root = "Patient Root" if model.levels[0] == "PATIENT" else "Study Root"
+    return f"{root}, C-{model.operation.upper()}"
