@@ -84,7 +84,7 @@ def _where(selection: Selection, scope: Scope) -> tuple[str, list[Any]]:
         ("i.study", selection.studies),
         ("i.series", selection.series),
         ("i.uid", selection.instances),
-        ("i.calling", scope.ae_titles),
+        ("+i.calling", scope.ae_titles),
     )
     for column, wanted in listed:
         if wanted:
@@ -99,6 +99,10 @@ def _where(selection: Selection, scope: Scope) -> tuple[str, list[Any]]:
             " AND e.modality IN (SELECT value FROM json_each(?)))"
         )
         values.append(msgspec.json.encode(scope.modalities).decode())
+    if selection.series and not selection.studies:
+        # By what has an index: instances are found by study, then series.
+        tests.append("i.study IN (SELECT e.study FROM series e WHERE e.uid IN (SELECT value FROM json_each(?)))")
+        values.append(msgspec.json.encode(selection.series).decode())
     if selection.is_empty:
         tests.append("0")
     return " AND ".join(tests), values

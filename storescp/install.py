@@ -19,7 +19,7 @@ ANCHORS = "/var/lib/strongroom-anchors"
 SPOOL = "/var/spool/strongroom"
 RUN = "/run/strongroom"
 NEW = f"{ANCHORS}/new"
-VAULT, GATE, ADMIN = "strongroom-vault", "strongroom-gate", "strongroom-admin"
+VAULT, GATE, DESK, ADMIN = "strongroom-vault", "strongroom-gate", "strongroom-desk", "strongroom-admin"
 # What is switched on. The others send something out, or open something: that is asked for.
 ENABLED = (
     "strongroom.target",

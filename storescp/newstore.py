@@ -14,7 +14,7 @@ from storescp import install
 from storescp.basesystem import Names, run
 from storescp.config import Config, render
 from storescp.errors import StrongroomError
-from storescp.install import GATE, VAULT, Options
+from storescp.install import DESK, GATE, VAULT, Options
 from storescp.unitfiles import CREDENTIAL
 from storescp.vault.create import Plan, create
 
@@ -96,6 +96,7 @@ def _configure(options: Options, config: Config) -> None:
     settings.control.group = install.ADMIN
     settings.patch_age.folder = f"{install.SPOOL}/patch"
     settings.gate.user = GATE
+    settings.desk.user, settings.desk.socket = DESK, f"{install.RUN}-desk/desk.sock"
     if options.unlock == "credential":
         settings.unlock.key_file = f"credential:{CREDENTIAL}"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from conftest import DCMTK
 from pydicom.data import get_testdata_file
 from test_systemd import PROGRAM, SYSTEMD, Machine, installation, real, restart, started, status
 
@@ -503,6 +504,53 @@ def test_who_is_in_the_admins_group_talks_to_the_vault_and_who_leaves_it_does_no
     assert "unlocked, key version" in machine.run(*ask)
     machine.run("gpasswd", "--delete", "ada", "strongroom-admin")
     assert "Permission denied" in machine.run(*ask)
+
+
+@real
+@pytest.mark.needs("findscu")
+def test_the_desk_is_a_user_of_its_own_that_finds_what_the_vault_tells_it_and_sees_nothing_else(
+    machine: Machine,
+) -> None:
+    config, peer = machine.root / "etc/strongroom/strongroom.toml", machine.root / "etc/strongroom/peers.d/CT1.toml"
+    before = config.read_text(), peer.read_text()
+    try:
+        head, tail = before[0].split("\n[desk]\n")
+        config.write_text(head + "\n[desk]\n" + tail.replace("\nlisten = []", '\nlisten = ["127.0.0.1:2763"]', 1))
+        peer.write_text(re.sub(r"(?m)^operations = .*$", 'operations = ["echo", "store", "find"]', before[1]))
+        restart(machine, "vault")
+        restart(machine, "gate")
+        machine.run("systemctl", "start", "strongroom-desk")
+        machine.wait(lambda: machine.show("desk", "ActiveState") == "active", "the desk does not start")
+        folder = machine.root / "root/ct1"
+        shown = subprocess.run(
+            [
+                *("nsenter", f"--target={machine.pid}", "--net", "findscu", "-S", "-aet", "CT1", "-aec", "STRONGROOM"),
+                *("+tls", str(folder / "CT1.key"), str(folder / "CT1.pem"), "+cf", str(folder / "ca.pem")),
+                *("127.0.0.1", "2763", "-k", "QueryRetrieveLevel=STUDY", "-k", "PatientID"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=DCMTK,
+        )
+        assert "[1CT1]" in shown.stdout + shown.stderr, shown.stderr + machine.logs()
+        user = Names(str(machine.root)).users["strongroom-desk"]
+        for place in (
+            "/var/lib/strongroom",
+            "/var/lib/strongroom-anchors",
+            "/var/spool/strongroom/incoming",
+            "/run/strongroom",
+        ):
+            denied = machine.run(
+                "sh", "-c", f"setpriv --reuid={user} --regid={user} --clear-groups ls {place} 2>&1; true"
+            )
+            assert "Permission denied" in denied, place
+    finally:
+        config.write_text(before[0])
+        peer.write_text(before[1])
+        machine.run("systemctl", "stop", "strongroom-desk")
+        restart(machine, "vault")
+        restart(machine, "gate")
 
 
 @real
