@@ -72,6 +72,10 @@ def peer_command() -> None:
 @click.option(
     "--private-sop-class", multiple=True, metavar="UID", help="A private SOP class that it may store besides."
 )
+@click.option("--role", "roles", multiple=True, type=click.Choice(peers.ROLES), help="What it may do by DICOMweb.")
+@click.option("--sees-ae-title", multiple=True, metavar="TITLE", help="It finds and fetches what came from here; all.")
+@click.option("--sees-modality", multiple=True, metavar="CS", help="And series of this modality; all.")
+@click.option("--listens", default="", metavar="HOST:PORT", help="Where moved studies and commitment reports go.")
 @click.option("--maximum-associations", default=0, help="Associations at a time; 0 for no limit of its own.")
 @click.option("--objects-per-minute", default=0, help="A faster peer is slowed down; 0 for no limit.")
 @click.option("--bytes-per-day", default=0, help="More is refused until midnight UTC; 0 for no limit.")
@@ -93,6 +97,10 @@ def add(
     operation: tuple[str, ...],
     sop_class: tuple[str, ...],
     private_sop_class: tuple[str, ...],
+    roles: tuple[str, ...],
+    sees_ae_title: tuple[str, ...],
+    sees_modality: tuple[str, ...],
+    listens: str,
     maximum_associations: int,
     objects_per_minute: int,
     bytes_per_day: int,
@@ -105,6 +113,7 @@ def add(
     Examples:
       $ strongroom peer add CT1 --issue ./for-the-vendor --address 10.1.2.0/24
       $ strongroom peer add MR2 --certificate mr2.pem --objects-per-minute 3000
+      $ strongroom peer add VIEW1 --issue ./view1 --operation find --operation get --sees-modality US
     """
     ways = sum((folder is not None, certificate is not None, key is not None, name is not None, plaintext))
     if ways != 1:
@@ -127,6 +136,10 @@ def add(
         operations=list(operation) or list(PeerFile(ae_title=title).operations),
         sop_classes=list(sop_class),
         private_sop_classes=list(private_sop_class),
+        roles=list(roles),
+        sees_ae_titles=list(sees_ae_title),
+        sees_modalities=list(sees_modality),
+        listens=listens,
         maximum_associations=maximum_associations,
         objects_per_minute=objects_per_minute,
         bytes_per_day=bytes_per_day,

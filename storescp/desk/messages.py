@@ -5,6 +5,7 @@ Whole commands and small data sets come in; objects of any size go out in parts.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -56,6 +57,7 @@ class Messages:
         self._buffer = memoryview(bytearray(_RECEIVE_BYTES))
         self._came: deque[Message] = deque()
         self._command = bytearray()
+        self._command_context = 0
         self._data = bytearray()
         self._whole: tuple[int, bytes] | None = None
         self._ending = ""
@@ -67,7 +69,7 @@ class Messages:
         """Return the next message.
 
         Args:
-            seconds: How long to wait for it.
+            seconds: How long to wait for it, in total: single bytes gain nothing.
             between: Nothing is under way, so that a server that stops may end this.
 
         Raises:
@@ -77,11 +79,17 @@ class Messages:
             WireError: The other side broke the protocol.
             OSError: The connection broke.
         """
+        until = time.monotonic() + seconds
         while not self._came:
             if self._ending:
                 raise EndedError(self._ending)
-            self.between = between and not self._command and self._whole is None
-            self._read(seconds if self.between or not between else self._seconds, between=self.between)
+            # Of a PDU, too: what began is to go on.
+            is_quiet = between and not self._command and self._whole is None and self._reader.between
+            if self.between and not is_quiet and between:
+                until = time.monotonic() + self._seconds
+            self.between = is_quiet
+            self._read(max(0.0, until - time.monotonic()), between=is_quiet)
+        self.between = False
         return self._came.popleft()
 
     def poll(self) -> Message | None:
@@ -109,9 +117,10 @@ class Messages:
         self._stream.send(content, self._seconds)
 
     def send_object(self, context_id: int, command: bytes, parts: Iterable[bytes | memoryview], length: int) -> None:
-        """Send a message whose data set comes in parts.
+        """Send a message whose data set comes in parts; what reading those raises passes through.
 
         Raises:
+            UnsentError: Reading the parts raised before anything was sent.
             WireError: Its length is another one: the association is worth nothing any more.
             OSError: It cannot be sent.
         """
@@ -148,6 +157,9 @@ class Messages:
         if event.command:
             if self._whole is not None:
                 raise wire.WireError("a command where a data set is expected")
+            if self._command and event.context_id != self._command_context:
+                raise wire.WireError("a command goes on in another presentation context")
+            self._command_context = event.context_id
             self._command += event.data
             if len(self._command) > dimse.COMMAND_LIMIT:
                 raise wire.WireError("a command set is too long")

@@ -188,7 +188,10 @@ def data_pdus(context_id: int, *, command: bool, content: bytes, maximum: int) -
 
 
 def data_stream(context_id: int, parts: Iterable[bytes | memoryview], *, length: int, maximum: int) -> Iterator[bytes]:
-    """Yield a data set as P-DATA-TF PDUs while its parts come.
+    """Yield a data set as P-DATA-TF PDUs while its parts come; its end only once they are over.
+
+    What reading the parts raises passes through, and then the last fragment was not given: nobody takes what was
+    for a whole data set.
 
     Args:
         context_id: The presentation context.
@@ -203,20 +206,27 @@ def data_stream(context_id: int, parts: Iterable[bytes | memoryview], *, length:
         raise WireError("the peer's maximum PDU length leaves no room for a byte")
     size = min(maximum or 1 << 17, 1 << 17) - 6
     left = length
-    if not left:
-        yield data_pdus(context_id, command=False, content=b"", maximum=maximum)
+    held = memoryview(b"")
     for part in parts:
         view = memoryview(part)
         left -= len(view)
         if left < 0:
             raise WireError("a data set is longer than was said")
         for start in range(0, len(view), size):
-            piece = view[start : start + size]
-            control = 2 if left == 0 and start + size >= len(view) else 0
-            head = _HEADER.pack(P_DATA_TF, 0, len(piece) + 6) + _ITEM.pack(len(piece) + 2, context_id, control)
-            yield b"".join((head, piece))
+            if held:
+                yield _fragment_pdu(context_id, held, last=False)
+            held = view[start : start + size]
+        if len(view):
+            # A part counts until the next is asked for.
+            held = memoryview(bytes(held))
     if left:
         raise WireError("a data set is shorter than was said")
+    yield _fragment_pdu(context_id, held, last=True)
+
+
+def _fragment_pdu(context_id: int, piece: memoryview, *, last: bool) -> bytes:
+    head = _HEADER.pack(P_DATA_TF, 0, len(piece) + 6) + _ITEM.pack(len(piece) + 2, context_id, 2 if last else 0)
+    return b"".join((head, piece))
 
 
 def release_request() -> bytes:
