@@ -119,9 +119,15 @@ TABLE = {
     "events-dropped": Entry(codes.ALERT, codes.STOPPED, outcome=SERIOUS),
     "audit-broken": Entry(codes.ALERT, codes.STOPPED, outcome=MAJOR),
     "audit-restarted": Entry(codes.ALERT, codes.RECORDING, outcome=SERIOUS),
+    **dict.fromkeys(("desk-refused", "desk-limited"), Entry(codes.ALERT, codes.SECURITY, outcome=MINOR)),
+    "commitment-requested": Entry(codes.ALERT, None),
+    "commitment-reported": Entry(codes.ALERT, None),
+    "commitment-dropped": Entry(codes.ALERT, None, outcome=SERIOUS),
     "alert-raised": Entry(codes.ALERT, None, outcome=SERIOUS),
     "alert-resolved": Entry(codes.ALERT, None),
 }
+# What a peer asked for and got through the desk.
+_OF_PEERS = frozenset({"query", "export-begun", "exported", "commitment-reported", "desk-refused", "desk-limited"})
 # Whatever else a vault records is something that an admin or the schedule did.
 _OTHER = Entry(codes.ALERT, codes.RESTRICTED)
 # The transfer says it; or it is no event of its own.
@@ -245,6 +251,11 @@ class _Making:
             host = host.strip("[]") or address.strip("[]")
             calling = str(self.event.get("calling", "")) or host or UNKNOWN
             return (Participant(calling, True, (codes.SOURCE,) if taking else (), "", host, True), server)
+        if self.kind in _OF_PEERS and "peer" in self.event:
+            # Through the desk, which is who says so.
+            roles = (codes.SOURCE,) if taking else (codes.DESTINATION,) if giving else ()
+            peer = str(self.event["peer"])
+            return (Participant(peer, True, roles, f"AETITLES={peer}", ""), server)
         if "uid" in self.event:
             roles = (codes.SOURCE,) if taking else (codes.DESTINATION,) if giving else ()
             return (Participant(f"uid:{self.event['uid']}", True, roles, "", self.source.host), server)

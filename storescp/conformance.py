@@ -420,7 +420,8 @@ While all places are taken, connections are closed before TLS.
 {_table(["Meaning", "Status", "Error Comment, or reason"], answers)}
 
 There is no warning. What is refused with `A700` may be sent again later; the others come again with the same
-instance. **Any other request** is answered with `{status.UNRECOGNIZED_OPERATION:04X}` (unrecognised operation).{desks}"""
+instance. **Any other request** is answered with
+`{status.UNRECOGNIZED_OPERATION:04X}` (unrecognised operation).{desks}"""
 
 
 def _kind(reason: Reason) -> str:

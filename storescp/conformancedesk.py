@@ -52,9 +52,9 @@ def retrieval(config: Config, table: _Table) -> str:
                     [level, f"({tag[:4]},{tag[4:]}) {name}", attribute.vr, attribute.matching or "returned only"]
                 )
     return f"""C-FIND, C-MOVE and C-GET as SCP; C-STORE as SCU for the instances that are moved or got. Baseline
-behaviour: hierarchical, each level above the one asked for is one entity; relational queries, fuzzy matching and combined
-date-time matching are not negotiated. A peer's operations say what it may do, its file which instances it sees (by
-calling AE title and modality): what it does not see is not found, counted or sent.
+behaviour: hierarchical, each level above the one asked for is one entity; relational queries, fuzzy matching and
+combined date-time matching are not negotiated. A peer's operations say what it may do, its file which instances it sees
+(by calling AE title and modality): what it does not see is not found, counted or sent.
 
 - **Matching** (PS3.4 C.2.2.2) by these keys; names without case, in all component groups. Other keys are returned
   empty, and pending responses then have status `FF01`.

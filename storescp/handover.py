@@ -86,30 +86,38 @@ class Taking:
     def instances(self) -> Iterator[tuple[Instance, Iterator[memoryview]]]:
         """Yield each instance with the parts of its data set; what is not read of one is skipped.
 
-        Reading the parts raises BrokenError where an instance does not open.
+        Reading the parts raises BrokenError where an instance does not open. The end of the iteration says that
+        nothing is missing, and that nothing follows.
 
         Raises:
-            HandoverError: The stream ends early, or is none.
+            HandoverError: The stream ends early, goes on, or is none.
         """
         for _ in range(self.manifest.instances):
             instance = self._announced(Instance)
-            parts = self._parts()
+            parts = self._parts(instance.length)
             yield instance, parts
             try:
                 for _left in parts:
                     pass
             except BrokenError:
                 continue
+        if self._have or any(self._content):
+            raise HandoverError("the stream goes on behind its last instance")
 
-    def _parts(self) -> Iterator[memoryview]:
+    def _parts(self, left: int) -> Iterator[memoryview]:
         while True:
             length = int.from_bytes(self._exactly(4), "big")
             if length == 0:
+                if left:
+                    raise HandoverError("an instance is shorter than was said")
                 return
             if length == 0xFFFFFFFF:
                 raise BrokenError
             if length > _PART_LIMIT:
                 raise HandoverError("a part is too long")
+            left -= length
+            if left < 0:
+                raise HandoverError("an instance is longer than was said")
             while length:
                 if not self._have:
                     self._more()

@@ -30,6 +30,8 @@ _LARGEST = 1 << 60
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # They say how an act went on that has a record already; and nobody is asked why he locked.
 _NO_ACTS = {"exported", "backup-made", "backup-removed", "reencrypted", "unlock-refused", "locked"}
+# What the vault gives a peer through the desk, under the desk's user id.
+_OF_PEERS = {"query", "export-begun", "exported", "commitment-reported", "desk-refused", "desk-limited"}
 # What jobs of the schedule record under the vault's own user id.
 _OF_JOBS = {
     "checkpoint": {"checkpoint"},
@@ -48,6 +50,7 @@ _NOTED = {
     *("recovery-retired", "rotation-begun", "rotation-proved", "version-destroyed", "reencrypt-begun", "reencrypted"),
     *("hold-placed", "hold-released", "holds-put-back", "erasure-taken-back", "damage-found", "damage-healed"),
     *("peer-added", "peer-renewing", "peer-renewed", "peer-removed", "certificate-issued", "quarantine-resolved"),
+    *("desk-refused", "desk-limited", "commitment-dropped"),
     *("backup-confirmed", "recovery-drilled", "restored", "approval-asked", "approved", "approval-withdrawn"),
 }
 
@@ -130,6 +133,10 @@ class Count:
             self._own(record, kind, number, when)
 
     def _own(self, record: dict[str, Any], kind: str, number: int, when: datetime) -> None:
+        if kind in _OF_PEERS and isinstance(record.get("peer"), str):
+            # The desk asked for a peer: no admin's act.
+            self._gave(record, kind, number, self._weeks.of(when))
+            return
         week, uid = self._weeks.of(when), record.get("uid")
         by = uid if isinstance(uid, int) and not isinstance(uid, bool) else None
         if week == NOW and kind in _NOTED:
@@ -145,6 +152,12 @@ class Count:
                 self._user(by).exported.add(week, _count(record.get("instances")), number)
         if by is not None and kind not in _NO_ACTS:
             self._did(_Act(when, week, kind, by, number, _count(record.get("instances"))))
+
+    def _gave(self, record: dict[str, Any], kind: str, number: int, week: int) -> None:
+        if week == NOW and kind in _NOTED:
+            self._note(kind, number, None)
+        if kind == "exported" and (peer := self._peer(shown(record.get("peer")))) is not None:
+            peer.fetched.add(week, _count(record.get("instances")), number)
 
     def _did(self, act: _Act) -> None:
         if act.kind in _BY_JOBS and act.uid == self._vault_uid:

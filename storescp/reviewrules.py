@@ -118,6 +118,7 @@ class _Judge:
         yield from self._noted()
         yield from self._taken("erased", "erasures", 1)
         yield from self._taken("exported", "exports", _STUDIES)
+        yield from self._fetched()
         yield from self._unplanned(firsts)
         yield from self._refused()
         yield from self._outside()
@@ -152,6 +153,14 @@ class _Judge:
                 past = "for the first time" if self._past and series.since == NOW else _before(series)
                 studies = f"{series.now:,} {'study' if series.now == 1 else 'studies'}"
                 yield Flag(kind, f"user {uid} {kind} {studies}; {past}", series.record)
+
+    def _fetched(self) -> Iterator[Flag]:
+        for title, peer in sorted(self._count.peers.items()):
+            series = peer.fetched
+            first = self._past and series.since == NOW and series.now > 0
+            if first or (series.now >= _INSTANCES and not _usual(series)):
+                past = "for the first time" if first else _before(series)
+                yield Flag("exported", f"peer {title} was given {series.now:,} instances; {past}", series.record)
 
     def _unplanned(self, firsts: list[First]) -> Iterator[Flag]:
         titles = {found.peer for found in firsts if found.what == "title"}
@@ -237,6 +246,9 @@ _RARE = {
     "version-destroyed": ("keys", "a key version was destroyed"),
     "reencrypt-begun": ("keys", "studies were re-encrypted"),
     "configuration-changed": ("keys", "the vault began with another configuration"),
+    "desk-refused": ("exported", "the desk asked for what a peer may not"),
+    "desk-limited": ("exported", "a peer asked for more than it may in a time"),
+    "commitment-dropped": ("exported", "storage commitment was never reported"),
     "holds-put-back": ("holds", "the ledger had lost holds, which were put back"),
 }
 

@@ -62,12 +62,13 @@ class Series(msgspec.Struct):
 
 
 class PeerCount(msgspec.Struct):
-    """What a peer stored."""
+    """What a peer stored, and what it was given through the desk, in instances."""
 
     instances: Series = msgspec.field(default_factory=Series)
     bytes: Series = msgspec.field(default_factory=Series)
     associations: Series = msgspec.field(default_factory=Series)
     refused: Series = msgspec.field(default_factory=Series)
+    fetched: Series = msgspec.field(default_factory=Series)
 
 
 class UserCount(msgspec.Struct):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from storescp.doctor.facts import Cores, Listener, Process, Unseen
 
-_VERBS = ("serve", "gate", "gate-worker", "vault", "alert-sender", "audit-forwarder", "metrics")
+_VERBS = ("serve", "gate", "gate-worker", "vault", "desk", "alert-sender", "audit-forwarder", "metrics")
 _LISTENING = "0A"
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from storage.attributes import is_uid
 from storage.ledger import Ledger
 from storage.records import Records
 
@@ -39,6 +40,7 @@ class Commitment(msgspec.Struct):
     failed: list[Failure] = msgspec.field(default_factory=list)
     attempts: int = 0
     due: float = 0.0
+    decided: float = 0.0
 
     @property
     def id(self) -> str:
@@ -52,16 +54,26 @@ class Commitment(msgspec.Struct):
 
 
 def keep(ledger: Ledger, requested: list[Requested], now: float) -> None:
-    """Keep parts of requests; the same part again changes nothing."""
+    """Keep parts of requests; the same part again changes nothing, and one that no gate would write is left out."""
     known = records_of(ledger)
     for part in requested:
+        if not all(map(_is_pair, part.instances)):
+            continue
         fresh = Commitment(part.calling, part.transaction, now, part.parts)
         kept = known.get(fresh.id)
-        if kept is None or kept.parts != part.parts or len(kept.got) == kept.parts:
-            # Asked anew, by the same transaction.
-            kept = fresh
-        kept.got[part.part] = part.instances
+        if kept is not None and kept.parts == part.parts and kept.got.get(part.part) == part.instances:
+            # Taken twice, because something failed in between, or asked twice: one answer is enough.
+            continue
+        # Asked anew by the same transaction, it is decided anew.
+        got = kept.got if kept is not None and kept.parts == part.parts else {}
+        kept = fresh
+        kept.got = got | {part.part: part.instances}
         known.put(kept.id, kept, WAITING if len(kept.got) == kept.parts else COLLECTING)
+
+
+def _is_pair(text: str) -> bool:
+    sop_class, _, sop = text.partition(" ")
+    return is_uid(sop_class) and is_uid(sop)
 
 
 def records_of(ledger: Ledger) -> Records[Commitment]:

@@ -31,6 +31,8 @@ class Commitments:
     def __init__(self, vault: Vault, now: Callable[[], float] = time.time) -> None:
         self._vault = vault
         self._now = now
+        # All that was acknowledged before then is listed.
+        self._listed = 0.0
 
     def turn(self) -> None:
         """Decide what can be decided, if unlocked; let go of what nobody waits for any more."""
@@ -38,22 +40,25 @@ class Commitments:
             if opened is None or opened.index.filled_to() is not None:
                 return
             known = records_of(opened.ledger)
-            if known.count(WAITING):
+            waits = max((commitment.asked for commitment in known.all(WAITING)), default=0.0)
+            if waits and (waits >= self._listed or opened.admission.stuck):
                 # What was acknowledged before a request is listed before that is decided.
+                now = self._now()
                 self._vault.admit()
+                self._listed = now
             for commitment in known.all(WAITING):
                 if not opened.admission.stuck and _is_decided(opened.index, commitment):
-                    commitment.due = self._now()
+                    commitment.due = commitment.decided = self._now()
                     known.put(commitment.id, commitment, DECIDED)
             for state in (COLLECTING, DECIDED):
                 for commitment in known.all(state):
-                    if self._now() - commitment.asked > _GIVE_UP_SECONDS:
+                    if self._now() - max(commitment.asked, commitment.decided) > _GIVE_UP_SECONDS:
                         log.error("a storage commitment of %s was never reported and is let go", commitment.calling)
                         self._vault.auditor.tell("commitment-dropped", peer=commitment.calling)
                         known.remove(commitment.id)
 
     def due(self) -> Iterator[dict[str, Any]]:
-        """Yield the reports that are due now.
+        """Return the reports that are due now.
 
         Raises:
             StrongroomError: The vault is locked.
@@ -61,15 +66,7 @@ class Commitments:
         with self._vault.admitting():
             opened = self._vault.unlocked()
             found = [c for c in records_of(opened.ledger).all(DECIDED) if c.due <= self._now()]
-        for commitment in found:
-            failed = {failure.sop for failure in commitment.failed}
-            yield {
-                "id": commitment.id,
-                "peer": commitment.calling,
-                "transaction": commitment.transaction,
-                "committed": [pair for pair in commitment.pairs() if pair[1] not in failed],
-                "failed": [[f.sop_class, f.sop, f.reason] for f in commitment.failed],
-            }
+        return map(_report, found)
 
     def told(self, uid: int, commitment_id: str, *, delivered: bool, why: str) -> None:
         """Hear whether a report was delivered.
@@ -93,6 +90,17 @@ class Commitments:
             commitment.due = self._now() + delay
             known.put(commitment_id, commitment, DECIDED)
         log.warning("a report of storage commitment to %s is tried again in %g s: %s", commitment.calling, delay, why)
+
+
+def _report(commitment: Commitment) -> dict[str, Any]:
+    failed = {(failure.sop_class, failure.sop) for failure in commitment.failed}
+    return {
+        "id": commitment.id,
+        "peer": commitment.calling,
+        "transaction": commitment.transaction,
+        "committed": [pair for pair in commitment.pairs() if pair not in failed],
+        "failed": [[f.sop_class, f.sop, f.reason] for f in commitment.failed],
+    }
 
 
 def _is_decided(index: Index, commitment: Commitment) -> bool:

@@ -12,8 +12,12 @@ from typing import Any
 import msgspec
 
 from storage.index import Index
+from storage.matching import QueryError
+from storage.query import Query, Scope
 from storage.search import FilterError, Filters
 from storescp.auditevents import counted, named_studies
+
+_STUDY_UID = "0020000D"
 
 
 class Who:
@@ -75,10 +79,14 @@ class Who:
                 yield self._row("saw", record, "", what=f"list {record.get('level', '')}")
             case "export-begun" if study in self.studies:
                 row = self._row("exported", record, study, what="begun, and not ended yet")
-                self._exports[record.get("uid"), study] = {"number": record["number"], **row}
+                self._exports[_whose(record), study] = {"number": record["number"], **row}
             case "exported" if study in self.studies:
-                self._exports.pop((record.get("uid"), study), None)
-                for_whom = " ".join(["for certificate", *record["to"]]) if "to" in record else ""
+                self._exports.pop((_whose(record), study), None)
+                for_whom = ""
+                if "to" in record:
+                    for_whom = (
+                        f"to {record['to']}" if "peer" in record else " ".join(["for certificate", *record["to"]])
+                    )
                 yield self._row("exported", record, study, what=for_whom, instances=int(record.get("instances", 0)))
             case "erase-begun":
                 self._erasures[str(record.get("erasure"))] = study, record.get("uid")
@@ -109,6 +117,9 @@ class Who:
     ) -> dict[str, Any]:
         uid = record.get("uid")
         who = "the vault itself" if uid is None else f"uid {uid}"
+        # The desk asked for a peer, which is known here by its own word alone.
+        if "peer" in record:
+            who = f"{record['peer']} by the desk"
         return {
             "kind": kind,
             "time": str(record["time"]),
@@ -120,6 +131,8 @@ class Who:
 
     def _saw(self, record: dict[str, Any]) -> bool:
         """Tell whether a query's answer named the patient, as far as the index can tell now."""
+        if "peer" in record:
+            return self._saw_by_desk(record)
         try:
             filters = msgspec.convert(record.get("filters", {}), Filters)
         except msgspec.ValidationError:
@@ -137,8 +150,33 @@ class Who:
             )
         return self._seen[asked]
 
+    def _saw_by_desk(self, record: dict[str, Any]) -> bool:
+        """The same for a query of the desk, whose keys are DICOM's; what that peer saw then is not known any more."""
+        try:
+            query = msgspec.convert({"level": str(record["level"]).upper(), "match": record.get("filters", {})}, Query)
+            asked = msgspec.json.encode(query)
+            if asked not in self._seen:
+                self._seen[asked] = any(self._asked_for(query, study) for study in self.studies)
+        except (msgspec.ValidationError, QueryError):
+            return False
+        return self._seen[asked]
+
+    def _asked_for(self, query: Query, study: str) -> bool:
+        named = query.match.get(_STUDY_UID, [])
+        if named and study not in named:
+            return False
+        match = {**query.match, _STUDY_UID: [study]}
+        level = "STUDY" if query.level == "PATIENT" else query.level
+        asked = msgspec.structs.replace(query, match=match, level=level)
+        return next(self._index.query(asked, Scope()), None) is not None
+
     def _finds(self, level: str, filters: Filters) -> bool:
         try:
             return next(self._index.search(level, filters), None) is not None
         except FilterError:
             return False
+
+
+def _whose(record: dict[str, Any]) -> object:
+    """Return whose export a record is of: a peer's through the desk, else a user's."""
+    return record["peer"] if "peer" in record else record.get("uid")

@@ -132,6 +132,13 @@ def export(chain: Chain, uid: int, count: int) -> None:
         chain.add(MONDAY + 12 * HOUR + timedelta(minutes=number), "export-begun", uid=uid, study=STUDY)
 
 
+def fetched(chain: Chain, title: str, count: int, when: datetime) -> None:
+    """Let a peer find and fetch something through the desk."""
+    chain.add(when, "query", uid=77, peer=title, level="study", filters={})
+    for kind in ("export-begun", "exported"):
+        chain.add(when, kind, uid=77, peer=title, to=title, by="get", study=STUDY, instances=count)
+
+
 def jump(chain: Chain) -> None:
     chain.add(MONDAY + HOUR, "vault-started", release="1", configuration="b" * 64)
     chain.add(MONDAY - DAY, "vault-started", release="1", configuration="a" * 64)
@@ -188,6 +195,8 @@ PLANTED: list[tuple[Callable[[Chain], None], str, str]] = [
     (lambda c: c.add(MONDAY + 12 * HOUR, "recovery-retired", uid=1001), "keys", "a recovery key was retired"),
     (jump, "keys", "the vault began with another configuration"),
     (lambda c: c.add(MONDAY, "holds-put-back", ids=["x"]), "holds", "the ledger had lost holds"),
+    (lambda c: fetched(c, "VIEW1", 5, MONDAY), "exported", "peer VIEW1 was given 5 instances; for the first time"),
+    (lambda c: c.add(MONDAY, "desk-limited", uid=77, peer="VIEW1", count=9), "exported", "asked for more than it may"),
     (lambda c: c.add(MONDAY, "damage-found", pack="x"), "damage", "packs were found damaged"),
     (lambda c: c.add(MONDAY, "audit-broken", fault="x"), "gap", "the audit chain was found changed"),
     (lambda c: c.add(MONDAY, "audit-restarted", uid=0), "gap", "a new one begun"),
@@ -228,6 +237,8 @@ def test_what_is_planted_in_a_quiet_week_is_flagged_in_text_and_page(
         lambda c: shift(c, "MR1", 700),
         lambda c: shift(c, "CT1", 500),
         lambda c: export(c, 1001, 2),
+        # Through the desk, at night, as each week: nobody's act.
+        lambda c: [fetched(c, "VIEW1", 500, MONDAY - n * 7 * DAY + 2 * HOUR) for n in range(8)],
         lambda c: c.add(MONDAY + 12 * HOUR, "unlock-refused", uid=1001),
         lambda c: c.add(MONDAY + 23 * HOUR, "locked", uid=1001),
         lambda c: c.add(MONDAY + 3 * DAY + 1.7 * HOUR, "scrub", uid=VAULT),
