@@ -25,10 +25,28 @@ log = logging.getLogger(__name__)
 class Child:
     """One process, which runs a verb of this program."""
 
-    def __init__(self, config: Config, name: str, arguments: Sequence[str], *, user: str | int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        arguments: Sequence[str],
+        *,
+        user: str | int | None = None,
+        groups: Sequence[str] = (),
+    ) -> None:
+        """Prepare.
+
+        Args:
+            config: The configuration.
+            name: What the log calls it.
+            arguments: The verb and its options.
+            user: As whom it runs, None for as whom this runs.
+            groups: Whose groups it gets besides its own, where ``user`` is given.
+        """
         self.name = name
         self._command = [sys.executable, "-m", "storescp", "--config", str(config.file), *arguments]
         self._user = user
+        self._groups = groups
         self._failures = 0
         self._started = 0.0
         self._due = 0.0
@@ -49,7 +67,7 @@ class Child:
             pass_fds=descriptors,
             user=self._user,
             group=_group(self._user),
-            extra_groups=[] if self._user is not None else None,
+            extra_groups=[_group(of) or 0 for of in self._groups] if self._user is not None else None,
         )
 
     @property

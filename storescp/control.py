@@ -31,6 +31,7 @@ _BODY_LIMIT = 1 << 20
 _CONNECTION_LIMIT = 64
 _SOCKET_PATH_LIMIT = 100
 _FAILURE = "x-failure"
+_UPGRADE = [("connection", "upgrade"), ("upgrade", "strongroom")]
 # A client that takes nothing for so long is gone.
 _SEND_SECONDS = 300
 
@@ -58,11 +59,16 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Response(msgspec.Struct, frozen=True):
-    """A response: its body in parts, with its length if that is known, and headers."""
+    """A response: its body in parts, with its length if that is known, and headers.
+
+    A ``raw`` one goes on as bytes of its own after 101, and ends with the connection: what is in it says where it is
+    whole. For many megabytes, which cost less without the framing of HTTP.
+    """
 
     parts: Iterator[bytes]
     length: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
+    raw: bool = False
 
 
 Handler = Callable[[Request], Response]
@@ -218,6 +224,12 @@ class Server:
         return bool(state.our_state is h11.DONE and state.their_state is h11.DONE)
 
     def _send(self, connection: socket.socket, state: h11.Connection, status: int, response: Response) -> None:
+        if response.raw:
+            switching = h11.InformationalResponse(status_code=101, headers=_UPGRADE)
+            connection.sendall(state.send(switching) or b"")
+            for part in response.parts:
+                connection.sendall(part)
+            return
         headers = list(response.headers)
         if response.length is None:
             headers.append(("transfer-encoding", "chunked"))
@@ -282,6 +294,22 @@ class Client:
         """Close the connection."""
         self._connection.close()
 
+    def receive(self, into: memoryview) -> int:
+        """Fill memory with what comes of a raw answer; return how many bytes, 0 at its end.
+
+        Raises:
+            StrongroomError: The connection broke.
+        """
+        try:
+            return self._connection.recv_into(into)
+        except OSError as error:
+            raise StrongroomError("the connection to the vault broke off", hint="its log says why") from error
+
+    def shut(self) -> None:
+        """Make whoever reads from the connection see its end."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
     def json(self, method: str, path: str, document: Any = None) -> Any:
         """Send a request and return the JSON document that answers it.
 
@@ -310,6 +338,42 @@ class Client:
         """
         try:
             yield from self._stream(method, path, msgspec.json.encode(document) if document is not None else b"")
+        except (OSError, h11.ProtocolError) as error:
+            raise StrongroomError(
+                "the connection to the vault broke off", hint="its log says why; try again"
+            ) from error
+
+    def begin_raw(self, method: str, path: str, document: Any) -> bytes:
+        """Send a request whose answer is raw; return what of that came already. The rest is for ``receive``.
+
+        Raises:
+            StrongroomError: The vault refused, or the connection broke.
+        """
+        body = msgspec.json.encode(document)
+        headers = [("host", "vault"), ("content-length", str(len(body))), *_UPGRADE]
+        state = self._state
+        refusal, failed = bytearray(), False
+        try:
+            self._connection.sendall(
+                (state.send(h11.Request(method=method, target=path, headers=headers)) or b"")
+                + (state.send(h11.Data(data=body)) or b"")
+                + (state.send(h11.EndOfMessage()) or b"")
+            )
+            while True:
+                event = state.next_event()
+                if event is h11.NEED_DATA:
+                    state.receive_data(self._connection.recv(_READ_BYTES))
+                elif isinstance(event, h11.InformationalResponse):
+                    break
+                elif isinstance(event, h11.Response):
+                    failed = event.status_code >= 400
+                elif isinstance(event, h11.Data):
+                    refusal += event.data
+                elif isinstance(event, h11.EndOfMessage) and failed:
+                    raise _refused(bytes(refusal))
+                else:
+                    raise ConnectionAbortedError
+            return bytes(state.trailing_data[0])
         except (OSError, h11.ProtocolError) as error:
             raise StrongroomError(
                 "the connection to the vault broke off", hint="its log says why; try again"
@@ -348,5 +412,9 @@ class Client:
                 f"its content does not open or cannot be read ({broken})", hint="the vault's log says more"
             )
         if failed:
-            error = json.loads(refusal)["error"]
-            raise StrongroomError(error["message"], hint=error["hint"], status=error["status"])
+            raise _refused(bytes(refusal))
+
+
+def _refused(content: bytes) -> StrongroomError:
+    error = json.loads(content)["error"]
+    return StrongroomError(error["message"], hint=error["hint"], status=error["status"])

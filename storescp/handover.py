@@ -73,8 +73,11 @@ def part(length: int) -> bytes:
 class Taking:
     """The receiving end."""
 
-    def __init__(self, content: Iterator[bytes]) -> None:
+    def __init__(self, content: Iterator[bytes | memoryview]) -> None:
         """Begin to take a stream; reads its manifest.
+
+        Args:
+            content: Its bytes, each piece valid until the next one.
 
         Raises:
             HandoverError: It ends early, or is none.
@@ -143,6 +146,6 @@ class Taking:
     def _more(self) -> None:
         for content in self._content:
             if content:
-                self._have = memoryview(bytes(self._have) + content if self._have else content)
+                self._have = memoryview(b"".join((self._have, content)) if self._have else content)
                 return
         raise HandoverError("the stream ends early")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
 import secrets
 import signal
 import socket
@@ -16,7 +17,7 @@ import time
 from storescp import snapshot
 from storescp.child import Child
 from storescp.config import Config
-from storescp.errors import StrongroomError
+from storescp.errors import USAGE, StrongroomError
 from storescp.stopping import Stop
 
 _START_SECONDS = 30.0
@@ -76,10 +77,39 @@ def _errands(config: Config, users: tuple[int | None, str | None]) -> list[Child
         # As the gate's user: whoever breaks in through this listener finds no more than behind the gate's.
         errands.append(Child(config, "metrics", ["metrics"], user=users[1]))
     if config.settings.desk.runs:
-        errands.append(Child(config, "desk", ["desk"], user=config.settings.desk.user or users[1]))
+        errands.append(_desk(config, users))
     if config.settings.audit.forward:
         errands.append(Child(config, "audit forwarder", ["audit-forwarder"], user=users[0]))
     return errands
+
+
+def _desk(config: Config, users: tuple[int | None, str | None]) -> Child:
+    """Return the desk, and make the folder of the vault's socket for it where they are different users.
+
+    Raises:
+        StrongroomError: Gate and vault are two users, and the desk has none of its own.
+    """
+    vault, gate = users
+    if vault is None or gate is None:
+        return Child(config, "desk", ["desk"])
+    name = config.settings.desk.user
+    if not name or name == gate:
+        raise StrongroomError(
+            "gate and vault are two users, and the desk needs a third",
+            hint="desk.user names it; its group comes to the vault's socket for it",
+            status=USAGE,
+        )
+    try:
+        group = pwd.getpwnam(name).pw_gid
+    except KeyError as error:
+        raise StrongroomError(f"desk.user: there is no user {name} on this machine", status=USAGE) from error
+    folder = config.desk_socket.parent
+    folder.mkdir(exist_ok=True)
+    os.chown(folder, vault, group)
+    # What the vault makes in it is the desk's group's.
+    folder.chmod(0o2750)
+    # It shows the gate's certificate, unless it has one of its own.
+    return Child(config, "desk", ["desk"], user=name, groups=[] if config.settings.desk.private_key else [gate])
 
 
 def _start(child: Child, stop: Stop) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from storage.query import Query
 from storage.selection import Selection
 from storescp.control import Client
+from storescp.desk.ahead import Ahead
 from storescp.errors import LOCKED, NOTHING, StrongroomError
 from storescp.handover import HandoverError, Taking
 
@@ -68,10 +69,15 @@ class Asking:
             "selection": msgspec.to_builtins(selection),
         }
         with self._client() as client:
+            ahead = Ahead(client.begin_raw("POST", "/v1/retrieve", document), client.receive)
             try:
-                yield Taking(client.stream("POST", "/v1/retrieve", document))
+                yield Taking(iter(ahead))
             except HandoverError as error:
                 raise AskingError(f"the vault's answer: {error}", 1) from error
+            finally:
+                # The connection first: who reads from it sees its end.
+                client.shut()
+                ahead.close()
 
     def commitments(self) -> list[dict[str, Any]]:
         """Return the reports of storage commitment that are due.

@@ -141,9 +141,10 @@ def _addresses(facts: Facts) -> Verdict:
     if numbers and not ipaddress.ip_address(parse_address(numbers)[0]).is_loopback:
         mend = 'metrics.listen = "127.0.0.1:9464", and let who asks come through a proxy with TLS'
         return Verdict(WARNING, f"numbers, AE titles among them, without TLS or log-in on {numbers}", mend)
-    texts = [*gate.listen, *(listener.listen for listener in gate.plaintext)]
+    desk = facts.store.settings.desk
+    texts = [*gate.listen, *(listener.listen for listener in gate.plaintext), *desk.listen, *desk.web]
     found = [(text, ipaddress.ip_address(parse_address(text)[0])) for text in texts]
-    mend = "name the address in the modalities' network in gate.listen, then restart the gate"
+    mend = "name the address in the modalities' network in gate.listen, desk.listen or desk.web, then restart"
     if public := [text for text, address in found if address.is_global]:
         return Verdict(WARNING, f"on an address of the internet: {some(public)}", mend)
     if every := [text for text, address in found if address.is_unspecified]:

@@ -29,9 +29,13 @@ def _modes(facts: Facts) -> Verdict:
 
 
 def _users(facts: Facts) -> Verdict:
-    user = facts.store.settings.gate.user
+    user, desk = facts.store.settings.gate.user, facts.store.settings.desk
+    if user and desk.runs and desk.user in {"", user}:
+        found = "the desk has no user of its own: who takes it over can reach what gate or vault can"
+        return Verdict(WARNING, found, "desk.user = \"strongroom-desk\" in strongroom.toml (docs/desk.md)")
     if user:
-        return Verdict(OK, f"the gate runs as {user}, apart from the vault")
+        others = f", and the desk as {desk.user}" if desk.runs else ""
+        return Verdict(OK, f"the gate runs as {user}{others}, apart from the vault")
     mend = "'strongroom init --vault-user strongroom-vault --gate-user strongroom-gate' for a new store (docs/admin.md)"
     return Verdict(WARNING, "gate and vault run as one user: who takes over the gate can read the archive", mend)
 

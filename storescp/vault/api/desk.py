@@ -73,7 +73,7 @@ class DeskAccess:
         return json_response({})
 
     def _retrieve(self, request: Request) -> Response:
-        return Response(self.grants.retrieve(request.uid, request.json(RetrieveRequest)))
+        return Response(self.grants.retrieve(request.uid, request.json(RetrieveRequest)), raw=True)
 
 
 class ToldRequest(msgspec.Struct, forbid_unknown_fields=True):

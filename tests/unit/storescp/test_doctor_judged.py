@@ -19,6 +19,7 @@ from storescp.alertsettings import AlertSettings
 from storescp.config import Gate, Plaintext, Settings, Unlock
 from storescp.config import Keys as KeySettings
 from storescp.config import Store as StoreSettings
+from storescp.desksettings import DeskSettings
 from storescp.doctor import asked, blocks, exposure, findings, judge, machine, probe, running
 from storescp.doctor.facts import (
     Answers,
@@ -865,3 +866,13 @@ def test_what_is_wrong_with_the_installation_itself_is_no_advice_in_an_empty_sto
     store = msgspec.structs.replace(facts.store, modes=("/store is open to others",))
     [modes] = [one for one in judge.judge(msgspec.structs.replace(facts, store=store)) if one.practice == "modes"]
     assert modes.grade == CRITICAL
+
+
+@pytest.mark.parametrize(("user", "grade"), [("", WARNING), ("strongroom-gate", WARNING), ("strongroom-desk", OK)])
+def test_a_desk_has_a_user_of_its_own(user: str, grade: str) -> None:
+    facts = set_to(desk=DeskSettings(user=user, listen=["10.0.0.5:2763"]))
+    assert of(facts, "users").grade == grade
+
+
+def test_a_desk_on_every_address_is_found() -> None:
+    assert of(set_to(desk=DeskSettings(web=["0.0.0.0:8443"])), "addresses").grade == WARNING
