@@ -1,4 +1,4 @@
-"""Reading ahead: everything comes in its order, errors in their place, and whoever stops early leaves nothing behind."""
+"""Reading ahead: all comes in its order, errors in their place, and whoever stops early leaves nothing behind."""
 
 from __future__ import annotations
 
