@@ -6,6 +6,7 @@ import grp
 import itertools
 import logging
 import pwd
+import time
 
 import msgspec
 
@@ -19,6 +20,9 @@ from storescp.vault.commitments import Commitments
 from storescp.vault.grants import FindRequest, Grants, RetrieveRequest
 from storescp.vault.state import Vault
 
+# How often it is looked what can be decided: all that is still open is listed for it.
+_LOOK_SECONDS = 1.0
+
 log = logging.getLogger(__name__)
 
 
@@ -29,6 +33,7 @@ class DeskAccess:
         self._vault = vault
         self.grants = Grants(vault)
         self.commitments = Commitments(vault)
+        self._looked = 0.0
         self._routes: Routes = {
             ("GET", "/v1/locked"): self._locked,
             ("POST", "/v1/find"): self._find,
@@ -49,7 +54,11 @@ class DeskAccess:
         return route(request)
 
     def turn(self) -> None:
-        """Decide requests of commitment; what fails is tried again at the next turn."""
+        """Decide requests of commitment, if it is time; what fails is tried again at the next turn."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
         try:
             self.commitments.turn()
         except (StrongroomError, DatabaseError, OSError) as error:
