@@ -69,13 +69,19 @@ def selected(db: Database, selection: Selection, scope: Scope) -> Iterator[Selec
         values,
     ).fetchall()
     for _, pack in packs:
-        # Not one long read: a pack that was moved meanwhile is found again by its objects.
-        rows = db.execute(
-            "SELECT i.pack, i.object_id, i.study, i.series, i.uid, i.sop_class, i.transfer_syntax, i.calling,"
-            f" i.dataset_length FROM instance i WHERE i.pack = ? AND {where} ORDER BY i.offset",
-            [pack, *values],
-        ).fetchall()
-        yield from (Selected(*row) for row in rows)
+        # Not one long read. A pack that is moved meanwhile is followed; from here on its objects find it.
+        name: str | None = pack
+        while name is not None:
+            rows = db.execute(
+                "SELECT i.pack, i.object_id, i.study, i.series, i.uid, i.sop_class, i.transfer_syntax, i.calling,"
+                f" i.dataset_length FROM instance i WHERE i.pack = ? AND {where} ORDER BY i.offset",
+                [name, *values],
+            ).fetchall()
+            if rows:
+                yield from (Selected(*row) for row in rows)
+                break
+            moved = db.execute("SELECT new FROM moved WHERE old = ?", [name]).fetchone()
+            name = str(moved[0]) if moved else None
 
 
 def _where(selection: Selection, scope: Scope) -> tuple[str, list[Any]]:

@@ -255,6 +255,7 @@ class Config:
         self.crls = [self._path(p) for p in settings.gate.crls]
         self.socket = self._path(settings.control.socket)
         self.desk_socket = self._path(settings.desk.socket)
+        self.desk_viewer = self._path(settings.desk.viewer) if settings.desk.viewer else None
         self.desk_certificate = self._path(settings.desk.certificate or settings.gate.certificate)
         self.desk_private_key = self._path(settings.desk.private_key or settings.gate.private_key)
         named = settings.unlock.key_file

@@ -13,7 +13,8 @@ class DeskSettings(msgspec.Struct, kw_only=True):
     user: str = ""
     listen: list[str] = msgspec.field(default_factory=list)
     web: list[str] = msgspec.field(default_factory=list)
-    socket: str = "run/desk/desk.sock"
+    viewer: str = ""
+    socket: str = "spool/desk/desk.sock"
     certificate: str = ""
     private_key: str = ""
     maximum_associations: int = 20
@@ -33,6 +34,7 @@ EXPLAINED = {
     "desk.user": "The desk's own user, where it runs as another one than the vault; its group may use that socket.",
     "desk.listen": 'Addresses for C-FIND, C-MOVE, C-GET and C-ECHO over TLS, as "127.0.0.1:2763"; empty for none.',
     "desk.web": 'Addresses for DICOMweb over HTTPS with client certificates, as "127.0.0.1:8443"; empty for none.',
+    "desk.viewer": "A folder with a built OHIF viewer, served beside DICOMweb (docs/dicomweb.md); empty for none.",
     "desk.socket": "The Unix socket on which the vault answers the desk, at most 100 characters.",
     "desk.certificate": "The desk's own certificate, PEM with its chain; empty for the gate's.",
     "desk.private_key": "Its private key, PEM; empty for the gate's.",
@@ -67,6 +69,8 @@ def check(settings: DeskSettings, parse_address: Callable[[str], tuple[str, int]
                 errors.append(f"desk.{key}: '{text}' is no address with a port, as in 127.0.0.1:2763 or [::1]:2763")
     both = sorted(set(settings.listen) & set(settings.web))
     errors += [f"desk.web: '{text}' is also in desk.listen" for text in both]
+    if settings.viewer and not settings.web:
+        errors.append("desk.viewer: goes with desk.web")
     if bool(settings.certificate) != bool(settings.private_key):
         errors.append("desk.certificate: goes with desk.private_key: name both, or neither")
     for name, (low, high) in _BOUNDS.items():

@@ -155,7 +155,8 @@ class Count:
 
     def _gave(self, record: dict[str, Any], kind: str, number: int, week: int) -> None:
         if week == NOW and kind in _NOTED:
-            self._note(kind, number, None)
+            # One record can stand for many that were alike.
+            self._note(kind, number, None, max(1, _count(record.get("times"))))
         if kind == "exported" and (peer := self._peer(shown(record.get("peer")))) is not None:
             peer.fetched.add(week, _count(record.get("instances")), number)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 
 import click
 
@@ -41,6 +42,7 @@ def gate_command(given: str | None, /) -> None:
       $ strongroom gate
     Exit status: 0 stopped, 1 cannot start, 2 configuration.
     """
+    _lean()
     from storescp import child
     from storescp.gate import service
 
@@ -55,6 +57,7 @@ def gate_command(given: str | None, /) -> None:
 @click.pass_obj
 def gate_worker_command(given: str | None, /, channel: int, replaces: bool) -> None:
     """Run a worker of the gate; the gate starts its workers itself."""
+    _lean()
     from storescp import child
     from storescp.gate import worker
 
@@ -99,6 +102,13 @@ def vault_command(given: str | None, /, connection: int | None) -> None:
     child.die_with_parent()
     single = socket.socket(fileno=connection) if connection is not None else None
     service.run(config, single=single)
+
+
+def _lean() -> None:
+    """Keep out what pydicom loads where it is installed, for pixels and downloads: a gate needs neither."""
+    for name in ("numpy", "PIL", "requests"):
+        # An import of it fails as if it were not there.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _started(process: str, given: str | None, *, quiet: bool = False) -> Config:

@@ -37,9 +37,13 @@ class Reports:
     def turn(self, peers: Peers) -> None:
         """Tell what is due; what cannot be told is due again later."""
         try:
-            due = self._asking.commitments()
-            for report in due:
-                why = self._tell(report, peers.by_title.get(str(report["peer"])))
+            silent: dict[str, str] = {}
+            for report in self._asking.commitments():
+                title = str(report["peer"])
+                # Who just was not there keeps nobody else waiting.
+                why = silent.get(title) or self._tell(report, peers.by_title.get(title))
+                if why:
+                    silent[title] = why
                 self._asking.told(str(report["id"]), why)
         except AskingError as error:
             if not error.locked:
@@ -58,7 +62,9 @@ class Reports:
                 command = dimse.event_report(1, COMMITMENT, INSTANCE, event)
                 messages.send(1, command, encode(_report(report, self._title), contexts[1].transfer_syntax))
                 answer = dimse.decode_answer(messages.next(self._seconds).command)
-                if answer.field != dimse.N_EVENT_REPORT_RQ or answer.status != 0:
+                if (answer.field, answer.message_id) != (dimse.N_EVENT_REPORT_RQ, 1):
+                    raise wire.WireError("a response to something else")
+                if answer.status != 0:
                     return f"the peer answered with {answer.status:04X}"
         except (OutgoingError, EndedError, wire.WireError, dimse.CommandError, OSError) as error:
             return str(error) or type(error).__name__

@@ -6,6 +6,7 @@ Source: PS3.4 C.2.2.1, C.4.1.1.3, C.4.2.1.4.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from typing import Any
 
@@ -27,6 +28,9 @@ _CHARACTER_SET, _UTF8 = "00080005", "ISO_IR 192"
 _RETRIEVE_TITLE, _AVAILABILITY = "00080054", "00080056"
 # What an identifier says about itself, and no key of anything.
 _NO_KEYS = {_CHARACTER_SET, LEVEL, _RETRIEVE_TITLE, _AVAILABILITY, "00080201"}
+# Value representations with a length of 32 bits (PS3.5 7.1.2).
+_LONG = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV"})
+_SHORT_LIMIT = 0xFFFE
 
 
 class IdentifierError(Exception):
@@ -62,12 +66,13 @@ def query(identifier: Dataset, model: Model) -> tuple[Query, bool]:
     supported = True
     for element in identifier:
         tag = _tag(element)
-        if tag in _NO_KEYS or element.tag.is_private:
+        # No data element of an identifier: commands, file meta information, lengths of groups, items (PS3.5 7).
+        if tag in _NO_KEYS or not 8 <= element.tag.group < 0xFFFE or element.tag.element == 0:
             continue
-        values = [] if element.VR == "SQ" else _values(element)
         known = tag in SUPPORTED[level]
-        supported = supported and (known or not any(values))
-        match[tag] = values if known else []
+        supported = supported and (known or not _asks(element))
+        if not element.tag.is_private:
+            match[tag] = _values(element) if known else []
     for upper in model.levels[: model.levels.index(level)]:
         values = match.get(UNIQUE[upper], [])
         # Hierarchical: without extended negotiation each level above is one entity (PS3.4 C.4.1.2.1).
@@ -109,17 +114,12 @@ def answer(row: dict[str, list[str]], asked: Query, title: str, transfer_syntax:
         title: The AE title from which it can be retrieved.
         transfer_syntax: How it is encoded.
     """
-    found = Dataset()
-    found.add_new(Tag(LEVEL), "CS", asked.level)
-    found.add_new(Tag(_RETRIEVE_TITLE), "AE", title)
-    found.add_new(Tag(_AVAILABILITY), "CS", "ONLINE")
-    if not all(value.isascii() for values in row.values() for value in values):
-        found.add_new(Tag(_CHARACTER_SET), "CS", _UTF8)
-    for tag in asked.match:
-        vr = _vr(tag)
-        values = row.get(tag, [])
-        found.add_new(Tag(tag), vr, [] if vr == "SQ" else _typed(values))
-    return encode(found, transfer_syntax)
+    found = {LEVEL: ("CS", [asked.level]), _RETRIEVE_TITLE: ("AE", [title]), _AVAILABILITY: ("CS", ["ONLINE"])}
+    found |= {tag: (_vr(tag), row.get(tag, [])) for tag in asked.match}
+    if not all(value.isascii() for _, values in found.values() for value in values):
+        found[_CHARACTER_SET] = ("CS", [_UTF8])
+    # Not by the library: it refuses what somebody once stored, a number that is none, and with it the whole query.
+    return b"".join(_element(tag, *found[tag], transfer_syntax) for tag in sorted(found))
 
 
 def failed(instances: list[str], transfer_syntax: str) -> bytes:
@@ -140,6 +140,33 @@ def encode(found: Dataset, transfer_syntax: str) -> bytes:
     return bytes(out.getvalue())
 
 
+def _element(tag: str, vr: str, values: list[str], transfer_syntax: str) -> bytes:
+    """Return an element of text, or of US; without a value where that has no place in it."""
+    encoding = ENCODINGS[transfer_syntax]
+    order = "<" if encoding.little_endian else ">"
+    if vr == "US":
+        numbers = [int(value) for value in values if value.isascii() and value.isdigit()]
+        content = b"".join(struct.pack(f"{order}H", number) for number in numbers if number <= 0xFFFF)
+    else:
+        content = "\\".join(values).encode("utf-8", "replace")
+        content += (b"\0" if vr == "UI" else b" ") * (len(content) % 2)
+    if len(content) > _SHORT_LIMIT and vr not in _LONG:
+        content = b""
+    head = struct.pack(f"{order}HH", int(tag[:4], 16), int(tag[4:], 16))
+    if encoding.implicit:
+        return head + struct.pack(f"{order}I", len(content)) + content
+    if vr in _LONG:
+        return head + vr.encode() + bytes(2) + struct.pack(f"{order}I", len(content)) + content
+    return head + vr.encode() + struct.pack(f"{order}H", len(content)) + content
+
+
+def _asks(element: DataElement) -> bool:
+    """Tell whether a key is to be matched; an empty one is only to be returned."""
+    if element.VR == "SQ":
+        return any(_asks(inner) for item in element.value for inner in item)
+    return any(_values(element))
+
+
 def _level(identifier: Dataset, model: Model) -> str:
     level = str(identifier.get("QueryRetrieveLevel", "") or "").strip()
     if level not in model.levels:
@@ -154,10 +181,6 @@ def _values(element: DataElement) -> list[str]:
     if isinstance(value, (list, tuple, pydicom.multival.MultiValue)):
         return [str(one) for one in value]
     return [str(value)]
-
-
-def _typed(values: list[str]) -> Any:
-    return values[0] if len(values) == 1 else values
 
 
 def _tag(element: DataElement) -> str:

@@ -30,6 +30,10 @@ class EndedError(Exception):
     """The other side ended the association; the message says how."""
 
 
+class UnsentError(Exception):
+    """Reading the parts of a data set raised, its cause, before anything of the message was sent."""
+
+
 class Messages:
     """The messages of an established association."""
 
@@ -125,10 +129,18 @@ class Messages:
             OSError: It cannot be sent.
         """
         pending = wire.data_pdus(context_id, command=True, content=command, maximum=self._maximum)
-        for pdu in wire.data_stream(context_id, parts, length=length, maximum=self._maximum):
+        pdus = wire.data_stream(context_id, parts, length=length, maximum=self._maximum)
+        while True:
+            try:
+                pdu = next(pdus, None)
+            except Exception as error:
+                if pending:
+                    raise UnsentError from error
+                raise
+            if pdu is None:
+                return
             # A small object goes out at once, with its command.
-            pending = pending + pdu if pending else pdu
-            self._stream.send(pending, self._seconds)
+            self._stream.send(pending + pdu if pending else pdu, self._seconds)
             pending = b""
 
     def _read(self, seconds: float, *, between: bool) -> None:
@@ -137,6 +149,9 @@ class Messages:
             raise EndedError("closed by the peer without a release")
         for event in self._reader.receive(self._buffer[:count]):
             self._take(event)
+            if self._ending:
+                # What follows the end is nobody's.
+                return
 
     def _take(self, event: wire.Pdu | wire.Fragment) -> None:
         if isinstance(event, wire.Fragment):

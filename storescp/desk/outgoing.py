@@ -9,6 +9,7 @@ import contextlib
 import logging
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
@@ -112,9 +113,14 @@ class Outgoing:
         if not peer.fingerprints:
             tls.trusted(context, policy.trust, policy.peers)
             context.verify_mode = ssl.CERT_REQUIRED
+        # From here on it has the connection: the plain socket is empty.
         secured = context.wrap_socket(plain)
-        if not _proves(secured, peer, policy):
-            raise OutgoingError("who listens there does not prove to be that peer")
+        try:
+            if not _proves(secured, peer, policy):
+                raise OutgoingError("who listens there does not prove to be that peer")
+        except BaseException:
+            secured.close()
+            raise
         return secured
 
 
@@ -127,7 +133,8 @@ def _proves(secured: ssl.SSLSocket, peer: Peer, policy: Policy) -> bool:
     # The handshake proved its key. Whoever issued it for what purpose: devices show the one that they have.
     shown = x509.load_der_x509_certificate(secured.getpeercert(binary_form=True) or b"")
     valid = shown.not_valid_before_utc <= now <= shown.not_valid_after_utc
-    return valid and shown.fingerprint(SHA256()).hex() in peer.fingerprints
+    revoked = policy.trust.revocations.refusal([shown], now)
+    return valid and not revoked and shown.fingerprint(SHA256()).hex() in peer.fingerprints
 
 
 def proposals(manifest: Manifest) -> dict[int, tuple[str, list[str]]]:
@@ -154,8 +161,10 @@ def _client_context(config: Config) -> ssl.SSLContext:
 def _first(stream: Stream, reader: wire.Reader) -> list[wire.Pdu | wire.Fragment]:
     buffer = memoryview(bytearray(1 << 16))
     events: list[wire.Pdu | wire.Fragment] = []
+    # In total: single bytes gain nothing.
+    until = time.monotonic() + _CONNECT_SECONDS
     while not events:
-        count = stream.receive(buffer, _CONNECT_SECONDS, between=False)
+        count = stream.receive(buffer, max(0.0, until - time.monotonic()), between=False)
         if not count:
             raise OutgoingError("the peer closes the connection")
         events = list(reader.receive(buffer[:count]))

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from storescp.desk.messages import Message, Messages
+from storescp.desk.messages import Message, Messages, UnsentError
 from storescp.desk.transcode import LIMIT, TARGETS, TranscodeError, is_possible, transcode
+from storescp.errors import StrongroomError
 from storescp.gate import dimse, wire
 from storescp.gate.dimse import Answer, Counts
 from storescp.gate.negotiate import Context
-from storescp.handover import BrokenError, Instance, Taking
+from storescp.handover import BrokenError, HandoverError, Instance, Taking
 
 # Of instances that failed, as many are named as fit a response that any peer takes.
 _NAMED_LIMIT = 1000
@@ -66,6 +67,7 @@ class Retrieval:
             WireError: It broke the protocol.
             OSError: The connection broke.
             HandoverError: The stream ends early.
+            StrongroomError: The vault's answer broke off.
         """
         self.counts.remaining = taking.manifest.instances
         for instance, parts in taking.instances():
@@ -85,6 +87,11 @@ class Retrieval:
                 if len(self.failed) < _NAMED_LIMIT:
                     self.failed.append(instance.sop)
             yield self.counts
+
+    def give_up(self, total: int) -> None:
+        """Count as failed what was not sent, of so many: nothing more can be."""
+        self.counts.failed = total - self.counts.completed - self.counts.warning
+        self.counts.remaining = 0
 
     def _send(self, instance: Instance, parts: Iterator[memoryview], other: Callable[[Message], None]) -> int | None:
         """Send an instance; return what the other side said, None where it was not sent."""
@@ -115,9 +122,16 @@ class Retrieval:
         except TranscodeError as error:
             log.warning("an instance is not sent: %s", error)
             return None
-        except BrokenError as error:
+        except UnsentError as error:
+            if isinstance(error.__cause__, HandoverError | StrongroomError):
+                raise error.__cause__ from error
+            log.warning("an instance is not sent: it does not open; the vault's log says more")
+            return None
+        except (BrokenError, HandoverError, StrongroomError) as error:
             if content is not parts:
-                return None
+                if isinstance(error, BrokenError):
+                    return None
+                raise
             # Half of it is sent: the other side must not take the rest of something else for it.
             raise wire.WireError("an instance does not open; the vault's log says more") from error
         return self._answer(other).status

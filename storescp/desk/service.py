@@ -77,7 +77,8 @@ class _Desk:
         settings = config.settings
         self._reports = Reports(asking, outgoing, settings.gate.ae_title, float(settings.desk.idle_seconds))
         self._stopping = threading.Event()
-        self._connections: Connections[Session] = Connections(self._policy, Serving(tools))
+        self._serving = Serving(tools)
+        self._connections: Connections[Session] = Connections(self._policy, self._serving)
         self._asking = asking
         self._web: Web | None = None
         self._room = threading.BoundedSemaphore(self._settings.maximum_associations)
@@ -168,8 +169,13 @@ class _Desk:
             log.warning("connection from %s refused: as many as desk.maximum_associations are open", address)
             connection.close()
             return
-        self._count += 1
-        self._connections.take(self._count, connection, address, None, self._room.release)
+        self._count = number = self._count + 1
+
+        def ended() -> None:
+            self._serving.ended(number)
+            self._room.release()
+
+        self._connections.take(number, connection, address, None, ended)
 
     def _read(self) -> Policy:
         config = self._config

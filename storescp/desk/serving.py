@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from storescp.desk.messages import EndedError, Message, Messages
 from storescp.desk.models import MODELS
 from storescp.desk.outgoing import Outgoing, OutgoingError
 from storescp.desk.retrieval import Originator, Retrieval
+from storescp.errors import StrongroomError
 from storescp.gate import dimse, negotiate, wire
 from storescp.gate.dimse import Command, Counts
 from storescp.gate.negotiate import Agreement, Context, Offer
@@ -28,14 +31,14 @@ from storescp.gate.transfer import STORAGE_CLASSES, VERIFICATION
 from storescp.handover import HandoverError, Taking
 from storescp.peers import Peer, Peers
 
-SUCCESS, CANCELLED, SOME_FAILED = 0x0000, 0xFE00, 0xB000
+SUCCESS, CANCELLED, SOME_FAILED = 0x0000, dimse.CANCELLED, 0xB000
 _PENDING, _PENDING_UNSUPPORTED = 0xFF00, 0xFF01
 _NO_RESOURCES, _NO_MATCHES, _NO_SUBOPERATIONS = 0xA700, 0xA701, 0xA702
 _NO_DESTINATION, _MISMATCH, _UNABLE = 0xA801, 0xA900, 0xC001
 _NO_SUCH_OPERATION = 0x0211
-# Query models are small data sets in these; objects in whatever they are stored.
-_IDENTIFIER_SYNTAXES = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2")
 _MAXIMUM_PDU = 131_072
+# How often the numbers of sub-operations are told: each response costs a turn of the connection.
+_PENDING_SECONDS = 0.25
 _REQUEST_SECONDS = 15.0
 
 log = logging.getLogger(__name__)
@@ -58,6 +61,9 @@ class Serving:
         self.ae_title = tools.config.settings.gate.ae_title
         self.request_seconds = _REQUEST_SECONDS
         self.maximum_pdu = _MAXIMUM_PDU
+        self._lock = threading.Lock()
+        # Whose association each connection is.
+        self._associations: dict[int, str] = {}
 
     def agree(self, request: negotiate.Request, peer: Peer) -> Agreement:
         """Return what a peer may use: verification, the models of its operations, and storage that it is SCP of."""
@@ -68,16 +74,28 @@ class Serving:
             model = MODELS.get(abstract)
             if model is not None:
                 return model.operation in peer.operations
-            return "get" in peer.operations and abstract in STORAGE_CLASSES
+            return receives(abstract)
 
         def receives(abstract: str) -> bool:
-            return "get" in peer.operations and abstract in STORAGE_CLASSES
+            return "get" in peer.operations and (abstract in STORAGE_CLASSES or abstract in private)
 
-        return negotiate.agree(request, Offer(uses, receives=receives), maximum_pdu=self.maximum_pdu)
+        # Whatever somebody may store, somebody may fetch.
+        private = {uid for other in self._tools.peers().by_title.values() for uid in other.private_sop_classes}
+        return negotiate.agree(request, Offer(uses, receives, MODELS), maximum_pdu=self.maximum_pdu)
 
     def may_associate(self, number: int, peer: Peer) -> bool:
-        """Let in whoever the listener let in: it counts."""
-        return True
+        """Count a peer's associations here, which are others than those with the gate."""
+        with self._lock:
+            under_way = sum(title == peer.ae_title for title in self._associations.values())
+            if 0 < peer.maximum_associations <= under_way:
+                return False
+            self._associations[number] = peer.ae_title
+            return True
+
+    def ended(self, number: int) -> None:
+        """Hear that a connection is over, whatever it was."""
+        with self._lock:
+            self._associations.pop(number, None)
 
     def turned_away(self, where: str, address: str, reason: str, calling: str = "") -> None:
         """The log has it."""
@@ -113,10 +131,15 @@ class Tally:
 class _RefusedError(Exception):
     """A request is answered with a status other than success."""
 
-    def __init__(self, status: int, comment: str) -> None:
+    def __init__(self, status: int, comment: str, counts: Counts | None = None) -> None:
         super().__init__(comment)
         self.status = status
         self.comment = comment
+        self.counts = counts
+
+
+class _CutError(Exception):
+    """Nothing more can be sent to where instances go."""
 
 
 class Session:
@@ -178,8 +201,11 @@ class Session:
                 does(messages, message, command, context)
         except (_RefusedError, IdentifierError, AskingError, OutgoingError, HandoverError) as error:
             status, comment = _told(error, operation)
-            log.warning("association %s: answered with %04X: %s", self._origin.association, status, comment)
-            messages.send(message.context_id, dimse.response(command, status, comment))
+            counts = error.counts if isinstance(error, _RefusedError) else None
+            if status == SUCCESS and operation != "find":
+                counts = Counts()
+            log.warning("association %s: answered with %04X: %s", self._origin.association, status, comment or "none")
+            messages.send(message.context_id, dimse.response(command, status, comment, counts=counts))
 
     # --- C-FIND
 
@@ -211,25 +237,31 @@ class Session:
             def other(came: Message) -> None:
                 retrieval.cancelled = retrieval.cancelled or _cancels(came, command)
 
-            self._report(messages, message, command, context, retrieval, taking, other)
+            self._send(messages, message, command, retrieval, taking, other)
+            self._conclude(messages, message, command, context, retrieval)
 
     def _move(self, messages: Messages, message: Message, command: Command, context: Context) -> None:
         to = self._tools.peers().by_title.get(command.destination)
         if to is None or to.listens is None:
             raise _RefusedError(_NO_DESTINATION, "the move destination is unknown")
-        with (
-            self._retrieved(message, context, "move", to.ae_title) as taking,
-            self._tools.outgoing.association(to, taking.manifest) as (sending, takes),
-        ):
-            retrieval = Retrieval(sending, takes, self._seconds, Originator(self._peer.ae_title, command.message_id))
 
-            def other(_came: Message) -> None:
-                raise wire.WireError("the move destination asks for something")
+        def other(_came: Message) -> None:
+            raise wire.WireError("the move destination asks for something")
 
-            def between() -> None:
-                retrieval.cancelled = retrieval.cancelled or self._is_cancelled(messages, command)
-
-            self._report(messages, message, command, context, retrieval, taking, other, between)
+        with self._retrieved(message, context, "move", to.ae_title) as taking:
+            retrieval: Retrieval | None = None
+            try:
+                with self._tools.outgoing.association(to, taking.manifest) as (sending, takes):
+                    whose = Originator(self._peer.ae_title, command.message_id)
+                    retrieval = Retrieval(sending, takes, self._seconds, whose)
+                    self._send(messages, message, command, retrieval, taking, other, apart=True)
+            except OutgoingError as error:
+                failed = Counts(failed=taking.manifest.instances)
+                raise _RefusedError(_NO_SUBOPERATIONS, str(error), failed) from error
+            except _CutError as error:
+                log.warning("association %s: the move destination: %s", self._origin.association, error)
+            if retrieval is not None:
+                self._conclude(messages, message, command, context, retrieval)
 
     @contextlib.contextmanager
     def _retrieved(self, message: Message, context: Context, operation: str, to: str) -> Iterator[Taking]:
@@ -239,26 +271,57 @@ class Session:
             self.tally.retrievals += 1
             yield taking
 
-    def _report(
+    def _send(
         self,
         messages: Messages,
         message: Message,
         command: Command,
-        context: Context,
         retrieval: Retrieval,
         taking: Taking,
         other: Callable[[Message], None],
-        between: Callable[[], None] = lambda: None,
+        *,
+        apart: bool = False,
     ) -> None:
-        """Send the instances, a pending response after each, and the last response."""
+        """Send the instances, and a pending response after each.
+
+        Args:
+            messages: Of who asked.
+            message: The request.
+            command: Its command.
+            retrieval: Sends them.
+            taking: Where they come from.
+            other: Called with what comes instead of a response to one that was sent.
+            apart: They are sent on another association than that of who asked.
+
+        Raises:
+            _CutError: That other association is over; what was not sent is counted as failed.
+        """
         total = taking.manifest.instances
+        rounds = retrieval.run(taking, other)
+        told = 0.0
         try:
-            for counts in retrieval.run(taking, other):
-                self.tally.instances = self.tally.instances + 1
-                between()
-                if counts.remaining and not retrieval.cancelled:
+            while True:
+                try:
+                    counts = next(rounds, None)
+                except (HandoverError, StrongroomError) as error:
+                    log.error("association %s: the vault's answer broke off: %s", self._origin.association, error)
+                    retrieval.give_up(total)
+                    break
+                except (EndedError, wire.WireError, OSError) as error:
+                    if not apart:
+                        raise
+                    retrieval.give_up(total)
+                    raise _CutError(str(error) or type(error).__name__) from error
+                if counts is None:
+                    break
+                if apart:
+                    retrieval.cancelled = retrieval.cancelled or self._is_cancelled(messages, command)
+                now = time.monotonic()
+                if counts.remaining and not retrieval.cancelled and now - told >= _PENDING_SECONDS:
+                    told = now
                     messages.send(message.context_id, dimse.response(command, _PENDING, counts=counts))
         finally:
+            self.tally.instances += retrieval.counts.completed + retrieval.counts.warning
             log.info(
                 "association %s: %d of %d instances sent, %d failed",
                 self._origin.association,
@@ -266,6 +329,11 @@ class Session:
                 total,
                 retrieval.counts.failed,
             )
+
+    def _conclude(
+        self, messages: Messages, message: Message, command: Command, context: Context, retrieval: Retrieval
+    ) -> None:
+        """Send the last response."""
         status, names = _ending(retrieval)
         data = identifiers.failed(names, context.transfer_syntax) if names else None
         last = dimse.response(command, status, counts=retrieval.counts, has_data_set=data is not None)

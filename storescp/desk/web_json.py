@@ -31,7 +31,9 @@ _BINARY = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "UN"})
 _NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "UV": "Q", "SV": "q", "FL": "f", "FD": "d"}
 _WORDS = {"OW": 2, "OL": 4, "OF": 4, "OD": 8, "OV": 8}
 _LONG_TEXT = frozenset({"LT", "ST", "UT", "UR"})
-_INTEGER = re.compile(r"[+-]?[0-9]+", re.ASCII)
+# Of so many digits at most: what every reader of JSON has room for.
+_INTEGER = re.compile(r"[+-]?[0-9]{1,15}", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?([0-9]{1,64}\.?[0-9]{0,64}|\.[0-9]{1,64})([eE][+-]?[0-9]{1,4})?", re.ASCII)
 _NOWHERE = Received("", "", "", "", "", "")
 _GROUPS = ("Alphabetic", "Ideographic", "Phonetic")
 
@@ -105,7 +107,7 @@ class Describing:
                     found[tag]["InlineBinary"] = base64.b64encode(plain).decode("ascii")
                 continue
             if vr in _NUMBERS:
-                values = list(numbers(value, vr, encoding))
+                values: list[Any] = list(numbers(value, vr, encoding))
             elif vr == "AT":
                 values = list(_tags(value, encoding))
             elif vr in _LONG_TEXT:
@@ -195,10 +197,9 @@ def _number(value: Any, vr: str) -> Any:
     """Return a decimal or integer string as a number where it is one."""
     if not isinstance(value, str) or vr not in {"DS", "IS"}:
         return value
-    if vr == "IS" or _INTEGER.fullmatch(value):
-        return int(value) if _INTEGER.fullmatch(value) and len(value) < 20 else value
-    try:
-        number = float(value)
-    except ValueError:
+    if _INTEGER.fullmatch(value):
+        return int(value)
+    if vr == "IS" or not _DECIMAL.fullmatch(value):
         return value
+    number = float(value)
     return number if math.isfinite(number) else value

@@ -9,7 +9,7 @@ import msgspec
 C_STORE_RQ, C_GET_RQ, C_FIND_RQ, C_MOVE_RQ, C_ECHO_RQ, C_CANCEL_RQ = 0x0001, 0x0010, 0x0020, 0x0021, 0x0030, 0x0FFF
 N_EVENT_REPORT_RQ, N_ACTION_RQ = 0x0100, 0x0130
 NO_DATA_SET = 0x0101
-PENDING = 0xFF00
+PENDING, CANCELLED = 0xFF00, 0xFE00
 COMMAND_LIMIT = 16_384
 NO_UID = "?"
 
@@ -141,11 +141,11 @@ def event_report(message_id: int, sop_class: str, sop_instance: str, event: int)
 def response(
     command: Command, status: int, comment: str = "", *, has_data_set: bool = False, counts: Counts | None = None
 ) -> bytes:
-    """Return the command set of a response; ``counts`` of a retrieval's, without what remains where that is over."""
+    """Return the command set of a response; ``counts`` of a retrieval's, without what remains where it is done."""
     numbers = []
     if counts is not None:
         numbers = [
-            *([_short(0x1020, min(counts.remaining, 0xFFFF))] if status == PENDING else []),
+            *([_short(0x1020, min(counts.remaining, 0xFFFF))] if status in {PENDING, CANCELLED} else []),
             _short(0x1021, min(counts.completed, 0xFFFF)),
             _short(0x1022, min(counts.failed, 0xFFFF)),
             _short(0x1023, min(counts.warning, 0xFFFF)),

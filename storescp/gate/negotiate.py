@@ -31,6 +31,8 @@ _CONTEXT_ITEM, _USER_ITEM = 0x20, 0x50
 # Presentation contexts have odd ids of one byte. Of all items, DCMTK and Orthanc send some hundreds.
 _CONTEXT_LIMIT = 128
 _ITEM_LIMIT = 8192
+# What is read whole here comes as plain as every peer can send it, whatever an object may come in.
+_PLAIN = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2")
 _ACCEPTED, _NO_ABSTRACT_SYNTAX, _NO_TRANSFER_SYNTAX = 0x00, 0x03, 0x04
 
 
@@ -111,11 +113,14 @@ def _items(content: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 class Offer(NamedTuple):
-    """What a server offers a peer: what it may use, in which transfer syntaxes, and of what it may be the SCP."""
+    """What a server offers a peer: what it may use, of what it may be the SCP, and what holds no objects.
+
+    Objects come in any transfer syntax that is known; what holds none is taken uncompressed only.
+    """
 
     uses: Callable[[str], bool]
-    syntaxes: Collection[str] = ENCODINGS
     receives: Callable[[str], bool] = lambda _: False
+    plain: Collection[str] = (COMMITMENT,)
 
 
 def storage(peer: Peer, *, commits: bool = False) -> Offer:
@@ -249,7 +254,8 @@ def _decide(proposed: PresentationContext, offer: Offer) -> tuple[int, str]:
     first = syntaxes[0] if syntaxes else "1.2.840.10008.1.2"
     if not offer.uses(abstract):
         return _NO_ABSTRACT_SYNTAX, first
-    known = next((s for s in syntaxes if s in offer.syntaxes), None)
+    taken = _PLAIN if abstract in offer.plain else ENCODINGS
+    known = next((s for s in syntaxes if s in taken), None)
     return (_ACCEPTED, known) if known else (_NO_TRANSFER_SYNTAX, first)
 
 
@@ -271,5 +277,7 @@ def _roles(request: A_ASSOCIATE, offer: Offer) -> dict[str, SCP_SCU_RoleSelectio
             role.sop_class_uid = item.sop_class_uid
             role.scu_role = bool(item.scu_role)
             role.scp_role = bool(item.scp_role) and offer.receives(abstract)
-            replies.setdefault(abstract, role)
+            # An answer of no role at all is none: without one, the peer is SCU of what it asked for (PS3.7 D.3.3.4).
+            if role.scu_role or role.scp_role:
+                replies.setdefault(abstract, role)
     return replies

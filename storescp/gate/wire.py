@@ -175,9 +175,7 @@ def data_pdus(context_id: int, *, command: bool, content: bytes, maximum: int) -
     Raises:
         WireError: The receiver has no room for a single byte.
     """
-    if 0 < maximum <= 6:
-        raise WireError("the peer's maximum PDU length leaves no room for a byte")
-    size = min(maximum or 1 << 17, 1 << 17) - 6
+    size = _fragment_size(maximum)
     pieces = [content[i : i + size] for i in range(0, len(content), size)] or [b""]
     result = []
     for number, piece in enumerate(pieces, 1):
@@ -191,7 +189,7 @@ def data_stream(context_id: int, parts: Iterable[bytes | memoryview], *, length:
     """Yield a data set as P-DATA-TF PDUs while its parts come; its end only once they are over.
 
     What reading the parts raises passes through, and then the last fragment was not given: nobody takes what was
-    for a whole data set.
+    for a whole data set. However the parts are cut, all fragments but the last are as long as they may be.
 
     Args:
         context_id: The presentation context.
@@ -202,29 +200,43 @@ def data_stream(context_id: int, parts: Iterable[bytes | memoryview], *, length:
     Raises:
         WireError: The receiver has no room for a single byte, or there are more or fewer bytes.
     """
-    if 0 < maximum <= 6:
-        raise WireError("the peer's maximum PDU length leaves no room for a byte")
-    size = min(maximum or 1 << 17, 1 << 17) - 6
+    size = _fragment_size(maximum)
     left = length
-    held = memoryview(b"")
+    held = b""
     for part in parts:
         view = memoryview(part)
         left -= len(view)
         if left < 0:
             raise WireError("a data set is longer than was said")
-        for start in range(0, len(view), size):
-            if held:
-                yield _fragment_pdu(context_id, held, last=False)
-            held = view[start : start + size]
-        if len(view):
-            # A part counts until the next is asked for.
-            held = memoryview(bytes(held))
+        start = min(size - len(held), len(view)) if held else 0
+        if start:
+            held = b"".join((held, view[:start]))
+        if start == len(view):
+            continue
+        if held:
+            yield _fragment_pdu(context_id, held, last=False)
+        for place in range(start, len(view) - size, size):
+            yield _fragment_pdu(context_id, view[place : place + size], last=False)
+        # A part counts until the next is asked for.
+        held = bytes(view[start + (len(view) - start - 1) // size * size :])
     if left:
         raise WireError("a data set is shorter than was said")
     yield _fragment_pdu(context_id, held, last=True)
 
 
-def _fragment_pdu(context_id: int, piece: memoryview, *, last: bool) -> bytes:
+def _fragment_size(maximum: int) -> int:
+    """Return how many bytes a fragment has at most; an even number, as DCMTK wants it, where there is room for two.
+
+    Raises:
+        WireError: There is no room for a single byte.
+    """
+    if 0 < maximum <= 6:
+        raise WireError("the peer's maximum PDU length leaves no room for a byte")
+    size = min(maximum or 1 << 17, 1 << 17) - 6
+    return size - size % 2 or 1
+
+
+def _fragment_pdu(context_id: int, piece: bytes | memoryview, *, last: bool) -> bytes:
     head = _HEADER.pack(P_DATA_TF, 0, len(piece) + 6) + _ITEM.pack(len(piece) + 2, context_id, 2 if last else 0)
     return b"".join((head, piece))
 

@@ -23,7 +23,7 @@ from storescp.errors import NOTHING, StrongroomError
 from storescp.handover import Instance, Kind, Manifest
 from storescp.peers import Peer, Peers
 from storescp.vault.contents import Contents
-from storescp.vault.limits import Limit
+from storescp.vault.limits import Limit, Seldom
 from storescp.vault.opened import Open
 from storescp.vault.state import Vault
 
@@ -31,6 +31,11 @@ from storescp.vault.state import Vault
 _MAY_NOT = "this peer may not do that"
 # What is asked for in one request; more is several requests.
 _KEYS_LIMIT = 10_000
+# What a peer or an operation that there is not is called in the chain: its own name is whatever somebody likes.
+_UNKNOWN = "unknown"
+_OPERATIONS = frozenset({"find", "get", "move", "web"})
+# How long the same refusal is not recorded again, but counted.
+_TOLD_SECONDS = 60.0
 # How long an alert stands after the last refusal.
 _SETTLED_SECONDS = 3600.0
 
@@ -64,6 +69,7 @@ class Grants:
         self._queries = Limit(desk.queries_per_minute, 60.0, now)
         self._instances = Limit(desk.instances_per_hour, 3600.0, now)
         self._now = now
+        self._seldom = Seldom(_TOLD_SECONDS, now)
         self._refused: dict[str, float] = {}
         self._stamp: object = None
         self._peers = Peers({})
@@ -112,6 +118,8 @@ class Grants:
             parts = reader.index.parts(chosen, scope)
         total = sum(part.instances for part in parts)
         if not total:
+            # Who tries what there is asks a question.
+            self._within(self._queries, peer)
             raise StrongroomError("nothing that this peer sees matches", status=NOTHING)
         self._within(self._instances, peer, total)
         studies = dict.fromkeys(part.study for part in parts)
@@ -156,7 +164,9 @@ class Grants:
                 self._vault.auditor.tell("exported", uid=uid, study=study, instances=count, **whom)
 
     def settle(self) -> None:
-        """Let go of alerts about peers of which nothing was refused for long."""
+        """Record what was refused again and again; let go of alerts about peers of which nothing was for long."""
+        for (kind, peer, operation), times in self._seldom.overdue():
+            self._vault.auditor.tell(kind, peer=peer, operation=operation, times=times)
         for alert in self._vault.alerts.standing():
             if alert.kind == "desk-volume":
                 since = self._refused.get(alert.what)
@@ -172,9 +182,15 @@ class Grants:
         """
         peer = self._known().by_title.get(title)
         if peer is None or not may(peer, operation):
-            self._vault.auditor.tell("desk-refused", peer=title[:16], operation=operation[:16])
+            known = operation if operation in _OPERATIONS else _UNKNOWN
+            self._tell("desk-refused", title if peer is not None else _UNKNOWN, known)
             raise StrongroomError(_MAY_NOT)
         return peer
+
+    def _tell(self, kind: str, peer: str, operation: str) -> None:
+        """Record a refusal, once in a time."""
+        if times := self._seldom.came((kind, peer, operation)):
+            self._vault.auditor.tell(kind, peer=peer, operation=operation, times=times)
 
     def _known(self) -> Peers:
         stamp = peers.stamp(self._config.peers)
@@ -189,7 +205,7 @@ class Grants:
         if limit.take(peer.ae_title, count):
             return
         self._refused[peer.ae_title] = self._now()
-        self._vault.auditor.tell("desk-limited", peer=peer.ae_title, count=count)
+        self._tell("desk-limited", peer.ae_title, "find" if limit is self._queries else "get")
         self._vault.alerts.raise_("desk-volume", peer.ae_title)
         raise StrongroomError(
             "this peer asks for more than it may in this time", hint="desk.queries_per_minute, desk.instances_per_hour"

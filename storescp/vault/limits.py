@@ -1,4 +1,7 @@
-"""How much of each peer the vault answers in a time, whatever the desk asks. Pure but for the clock that is given."""
+"""How much of each peer the vault answers in a time, and how often it records that it did not.
+
+Whatever the desk asks. Pure but for the clock that is given.
+"""
 
 from __future__ import annotations
 
@@ -42,3 +45,46 @@ class Limit:
     def _filled(self, state: tuple[float, float], now: float) -> float:
         left, since = state
         return min(float(self._most), left + (now - since) * self._rate)
+
+
+class Seldom:
+    """What comes again and again is told once in a time: at once at first, then how often it came since.
+
+    Whoever is refused would else write as many records as he likes. Safe to use from many threads.
+    """
+
+    def __init__(self, seconds: float, now: Callable[[], float]) -> None:
+        """Begin.
+
+        Args:
+            seconds: How long the same thing is not told again.
+            now: A clock that never goes back, in seconds.
+        """
+        self._seconds = seconds
+        self._now = now
+        self._lock = threading.Lock()
+        # When each was told, and how often it came since.
+        self._told: dict[tuple[str, ...], tuple[float, int]] = {}
+
+    def came(self, what: tuple[str, ...]) -> int:
+        """Hear that something came; return of how many times to tell now, 0 to tell nothing."""
+        now = self._now()
+        with self._lock:
+            told, since = self._told.get(what, (-self._seconds, 0))
+            if now - told < self._seconds:
+                self._told[what] = told, since + 1
+                return 0
+            self._told[what] = now, 0
+            return since + 1
+
+    def overdue(self) -> list[tuple[tuple[str, ...], int]]:
+        """Return what came since it was told, and how often, where the time is over; forget what came no more."""
+        now = self._now()
+        with self._lock:
+            over = {what: since for what, (told, since) in self._told.items() if now - told >= self._seconds}
+            for what, since in over.items():
+                if since:
+                    self._told[what] = now, 0
+                else:
+                    del self._told[what]
+        return [(what, since) for what, since in over.items() if since]

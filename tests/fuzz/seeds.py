@@ -42,8 +42,8 @@ from keys.recovery import ContainedVersion, Contents
 from keys.seal import context as bound_to
 from keys.seal import seal, u32
 from storage import attributes, audit, pack
-from storescp import config, peers
-from storescp.gate import wire
+from storescp import config, handover, peers
+from storescp.gate import negotiate, wire
 from storescp.gate.head import WANTED
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -245,6 +245,57 @@ def _documents() -> Iterator[bytes]:
         yield attributes.encode(described)
 
 
+# --- the desk
+
+
+def _desk_messages() -> Iterator[bytes]:
+    """Yield messages of a peer that asks: a query and its cancel, a response to a C-STORE, and the end."""
+    asked = targets.dimse.Command(0x0020, 1, "1.2.840.10008.5.1.4.1.2.2.1", "", has_data_set=True)
+    fields = ((0x0100, 0x0020), (0x0110, 1), (0x0700, 0), (0x0800, 1))
+    find = b"".join(struct.pack("<HHIH", 0, element, 2, number) for element, number in fields)
+    cancel = b"".join(struct.pack("<HHIH", 0, e, 2, n) for e, n in ((0x0100, 0x0FFF), (0x0120, 1), (0x0800, 0x0101)))
+    answer = targets.dimse.response(asked, 0)
+    query = wire.data_pdus(1, command=True, content=find, maximum=64)
+    query += wire.data_pdus(1, command=False, content=_identifiers()[0], maximum=64)
+    both = query + wire.data_pdus(1, command=True, content=cancel, maximum=0)
+    yield from (query, both + wire.release_request(), both + wire.abort(reason=0))
+    yield wire.data_pdus(3, command=True, content=answer, maximum=0) + query
+
+
+def _identifiers() -> list[bytes]:
+    """Return identifiers of every level, in every encoding."""
+    made = []
+    for level in ("STUDY", "PATIENT", "SERIES", "IMAGE"):
+        found = Dataset()
+        found.SpecificCharacterSet = "ISO_IR 192"
+        found.QueryRetrieveLevel = level
+        found.PatientName, found.PatientID, found.StudyDate = "D\u00f6e^J*", "P1", "20260101-"
+        found.StudyInstanceUID, found.SeriesInstanceUID = "1.2.3", "1.2.4"
+        found.SOPInstanceUID = ["1.2.5", "1.2.6"]
+        found.ModalitiesInStudy, found.SeriesNumber, found.Rows = ["CT", "MR"], 7, 512
+        found.RequestAttributesSequence = [Dataset()]
+        found.add_new(0x00091001, "LO", "private")
+        made += [_encoded(found, syntax) for syntax in (EXPLICIT, IMPLICIT, BIG)]
+    return made
+
+
+def _association_answers() -> Iterator[bytes]:
+    offer = negotiate.Offer(lambda _: True, lambda _: True)
+    for request in _requests()[:3]:
+        yield negotiate.agree(negotiate.decode(request), offer, maximum_pdu=16_384).reply
+
+
+def _handed_over() -> Iterator[bytes]:
+    instance = handover.Instance("1.2", "1.3", "1.4", CT, EXPLICIT, "CT1", 6)
+    manifest = handover.Manifest(2, 12, [handover.Kind(CT, EXPLICIT, 2)])
+    content = handover.part(4) + b"abcd" + handover.part(2) + b"ef"
+    for end in (handover.WHOLE, handover.BROKEN):
+        whole = handover.announce(instance) + content + handover.WHOLE
+        yield handover.announce(manifest) + whole + handover.announce(instance) + content + end
+    yield handover.announce(handover.Manifest(0, 0, []))
+    yield u32(len(DEEP)) + DEEP
+
+
 # --- packs and keys
 
 
@@ -364,6 +415,10 @@ _SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
     "head-big": functools.partial(_heads, BIG),
     "head-deflated": lambda: [*_heads(EXPLICIT), *(zlib.compress(head, wbits=-15) for head in _heads(EXPLICIT))],
     "association": _associations,
+    "desk-messages": _desk_messages,
+    "identifier": _identifiers,
+    "association-answer": _association_answers,
+    "handover": _handed_over,
     "describe": _described,
     "text": _texts,
     "attributes": _documents,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import io
 import ipaddress
 import os
 import random
@@ -26,6 +27,8 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
+from pydicom.config import disable_value_validation
+from pydicom.filereader import read_dataset
 from pynetdicom.pdu import A_ASSOCIATE_AC
 
 from keys import keyring, recovery, shares, slots, versions
@@ -41,19 +44,25 @@ from storage import attributes, audit, events, pack
 from storage.attributes import Attributes, AttributesError, Received, is_uid
 from storage.audit import AuditError, Head
 from storage.events import EventsError
+from storage.matching import QueryError
 from storage.pack import PackError
 from storage.packfile import OpenedPack, PackFile, Record
-from storescp import config, control, peers
+from storage.query import Scope, statement
+from storescp import config, control, handover, peers
 from storescp.config import ConfigError
+from storescp.desk import identifiers
+from storescp.desk.identifiers import IdentifierError
+from storescp.desk.messages import EndedError, Message, Messages
+from storescp.desk.models import MODELS
 from storescp.errors import StrongroomError
 from storescp.gate import channel, dimse, negotiate, wire
 from storescp.gate.channel import ChannelError
 from storescp.gate.describe import Describer, split, uid
 from storescp.gate.dimse import CommandError
 from storescp.gate.head import VALUE_LIMIT, WANTED, HeadError, HeadParser
-from storescp.gate.origin import Origin
 from storescp.gate.meter import Meter
 from storescp.gate.negotiate import Agreement, Context
+from storescp.gate.origin import Origin
 from storescp.gate.quota import Allowances
 from storescp.gate.receive import Association, Resources
 from storescp.gate.status import Reason
@@ -526,6 +535,117 @@ def _associated(parts: Iterable[bytes]) -> tuple[str, bytes, list[tuple[object, 
     return ending, bytes(outside.sent), outside.stored
 
 
+# --- the desk
+
+
+class _Came:
+    """What a peer sends, as a stream that waits for nothing; what is sent to it is kept."""
+
+    def __init__(self, parts: Iterable[bytes]) -> None:
+        self._parts = iter(parts)
+        self._rest = b""
+        self.sent = bytearray()
+
+    def receive(self, into: memoryview, seconds: float, *, between: bool) -> int:
+        while not self._rest:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._rest = part
+        piece, self._rest = self._rest[: len(into)], self._rest[len(into) :]
+        into[: len(piece)] = piece
+        return len(piece)
+
+    def send(self, content: bytes, seconds: float) -> None:
+        self.sent += content
+
+
+def desk_messages(data: bytes) -> None:
+    """Any bytes in an association of the desk's are messages and its end, or a WireError, however they are cut."""
+    whole = _messages([data])
+    for parts in divisions(data):
+        promise(_messages(parts) == whole, "bytes cut otherwise are other messages")
+
+
+def _messages(parts: Iterable[bytes]) -> tuple[list[Message], str, bytes]:
+    came = _Came(parts)
+    found: list[Message] = []
+    try:
+        messages = Messages(cast(Any, came), Reader(MAXIMUM_PDU), [], MAXIMUM_PDU, 1.0)
+        while True:
+            message = messages.next(1.0)
+            decoded = dimse.decode_answer if dimse.is_response(message.command) else dimse.decode
+            promise(decoded(message.command).has_data_set == (message.data is not None), "a data set is lost")
+            found.append(message)
+    except EndedError as ended:
+        return found, str(ended), bytes(came.sent)
+    except WireError:
+        # Of two broken rules, the one that shows first depends on the pieces; so do the messages before it.
+        return [], "broken off", b""
+
+
+def identifier(data: bytes) -> None:
+    """Any bytes are an identifier whose query can be stated and answered, or an IdentifierError."""
+    for syntax in ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"):
+        try:
+            found = identifiers.decode(data, syntax)
+        except IdentifierError:
+            continue
+        for model in MODELS.values():
+            try:
+                if model.operation != "find":
+                    chosen = identifiers.selection(found, model)
+                    promise(not chosen.is_empty, "a retrieval without a key is taken")
+                    continue
+                query, _ = identifiers.query(found, model)
+            except IdentifierError:
+                continue
+            with contextlib.suppress(QueryError):
+                statement(query, Scope())
+            row = {tag: ["1.2", "\u00e9"] for tag in query.match}
+            content = identifiers.answer(row, query, "ROOM", syntax)
+            encoding = ENCODINGS[syntax]
+            with warnings.catch_warnings(), disable_value_validation():
+                warnings.simplefilter("ignore")
+                answer = read_dataset(io.BytesIO(content), encoding.implicit, encoding.little_endian)
+            told = {f"{int(tag):08X}" for tag in answer.keys()}  # noqa: SIM118
+            promise(told >= set(query.match), "a key is not answered")
+
+
+def association_answer(data: bytes) -> None:
+    """Any bytes are an answer to our association request that accepts what was proposed, or a WireError."""
+    proposed = {1: ("1.2.840.10008.5.1.4.1.1.2", ["1.2.840.10008.1.2.1"]), 3: ("1.2.3", ["1.2.840.10008.1.2"])}
+    try:
+        agreement = negotiate.accepted(data, proposed)
+    except WireError:
+        return
+    for number, taken in agreement.contexts.items():
+        abstract, syntaxes = proposed[number]
+        promise(taken.abstract_syntax == abstract and taken.transfer_syntax in syntaxes, "not what was proposed")
+
+
+def handed_over(data: bytes) -> None:
+    """Any bytes are instances of the lengths that were said, or a HandoverError, however they are cut."""
+    whole = _taken([data])
+    for parts in divisions(data):
+        promise(_taken(parts) == whole, "bytes cut otherwise are other instances")
+
+
+def _taken(parts: Iterable[bytes]) -> list[tuple[handover.Instance, bytes | None]] | None:
+    found: list[tuple[handover.Instance, bytes | None]] = []
+    try:
+        for announced, pieces in handover.Taking(iter(parts)).instances():
+            try:
+                content = b"".join(pieces)
+                promise(len(content) == announced.length, "an instance has another length than was said")
+                found.append((announced, content))
+            except handover.BrokenError:
+                found.append((announced, None))
+    except handover.HandoverError:
+        return None
+    return found
+
+
 # --- packs
 
 
@@ -983,6 +1103,10 @@ TARGETS: dict[str, Target] = {
     "head-big": functools.partial(_head_in, _BIG),
     "head-deflated": head_deflated,
     "association": association,
+    "desk-messages": desk_messages,
+    "identifier": identifier,
+    "association-answer": association_answer,
+    "handover": handed_over,
     "describe": description,
     "text": text,
     "attributes": attribute_document,

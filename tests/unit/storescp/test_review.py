@@ -196,7 +196,7 @@ PLANTED: list[tuple[Callable[[Chain], None], str, str]] = [
     (jump, "keys", "the vault began with another configuration"),
     (lambda c: c.add(MONDAY, "holds-put-back", ids=["x"]), "holds", "the ledger had lost holds"),
     (lambda c: fetched(c, "VIEW1", 5, MONDAY), "exported", "peer VIEW1 was given 5 instances; for the first time"),
-    (lambda c: c.add(MONDAY, "desk-limited", uid=77, peer="VIEW1", count=9), "exported", "asked for more than it may"),
+    (lambda c: c.add(MONDAY, "desk-limited", uid=77, peer="VIEW1", times=9), "exported", "asked for more than it may"),
     (lambda c: c.add(MONDAY, "damage-found", pack="x"), "damage", "packs were found damaged"),
     (lambda c: c.add(MONDAY, "audit-broken", fault="x"), "gap", "the audit chain was found changed"),
     (lambda c: c.add(MONDAY, "audit-restarted", uid=0), "gap", "a new one begun"),
