@@ -32,7 +32,7 @@ def _users(facts: Facts) -> Verdict:
     user, desk = facts.store.settings.gate.user, facts.store.settings.desk
     if user and desk.runs and desk.user in {"", user}:
         found = "the desk has no user of its own: who takes it over can reach what gate or vault can"
-        return Verdict(WARNING, found, "desk.user = \"strongroom-desk\" in strongroom.toml (docs/desk.md)")
+        return Verdict(WARNING, found, 'desk.user = "strongroom-desk" in strongroom.toml (docs/desk.md)')
     if user:
         others = f", and the desk as {desk.user}" if desk.runs else ""
         return Verdict(OK, f"the gate runs as {user}{others}, apart from the vault")
