@@ -8,11 +8,11 @@ import os
 import pwd
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
 from storescp.config import Config
+from storescp.program import PROGRAM
 
 _SUPERVISED = "STRONGROOM_SUPERVISED"
 _BACKOFF_LIMIT = 30.0
@@ -44,7 +44,7 @@ class Child:
             groups: Whose groups it gets besides its own, where ``user`` is given.
         """
         self.name = name
-        self._command = [sys.executable, "-m", "storescp", "--config", str(config.file), *arguments]
+        self._command = [*PROGRAM, "--config", str(config.file), *arguments]
         self._user = user
         self._groups = groups
         self._failures = 0

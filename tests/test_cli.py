@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -126,3 +127,49 @@ def test_a_peer_with_a_title_that_no_file_may_have_gets_a_sheet_and_is_let_in(se
     server.ok("peer", "remove", title)
     server.wait_log("peers and certificates read: 1 peers")
     assert server.run("peer", "remove", title).status == 5
+
+
+def test_what_lies_in_the_current_folder_is_not_run(make_server: Callable[..., Server], tmp_path: Path) -> None:
+    server = make_server()
+    server.init()
+    planted = tmp_path / "planted"
+    for name in ("storescp/__init__.py", "json.py", "logging.py"):
+        file = planted / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\n")
+    # No vault runs: one is started for the command.
+    command = [str(Path(sys.executable).with_name("strongroom")), "--config", str(server.config), "list", "--json"]
+    done = subprocess.run(command, cwd=planted, capture_output=True, text=True, check=False)
+    assert (done.returncode, json.loads(done.stdout)["items"]) == (5, []), done.stderr
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_without_a_server_the_status_says_so_and_nothing_is_locked_or_unlocked(
+    make_server: Callable[..., Server],
+) -> None:
+    server = make_server()
+    server.init()
+    status = server.ok("status", "--json").json()
+    assert status["receiving"] is False
+    assert "no server is running" in status["warnings"][0]
+    for verb in ("lock", "unlock"):
+        done = server.run(verb)
+        assert (done.status, "no vault is running" in done.err) == (1, True), done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("audit", "show", "--since", "yesterday"), "'yesterday' is no time"),
+        (("audit", "who", "--study", "1.2", "--since", "1/2/2026"), "is no time"),
+        (("export", "--study", "*", "--to", "x"), "'*' is no UID"),
+        (("install", "--root", "no-such-folder", "--dry-run"), "does not exist"),
+    ],
+)
+def test_a_mistyped_value_is_a_usage_error_and_not_an_empty_answer(
+    make_server: Callable[..., Server], arguments: tuple[str, ...], said: str
+) -> None:
+    server = make_server()
+    server.init()
+    done = server.run(*arguments)
+    assert (done.status, said in done.err) == (2, True), done.err

@@ -25,6 +25,7 @@ from storescp.errors import FINDINGS, NOTHING, USAGE, StrongroomError
 from storescp.log import escape
 
 _OWN = {"number", "time", "type"}
+_SINCE = re.compile(r"\d{4}-\d\d-\d\d(T\d\d(:\d\d(:\d\d(\.\d{1,6})?)?)?Z?)?", re.ASCII)
 _HEAD = re.compile(r"(0|[1-9][0-9]{0,15}):([0-9a-f]{64})", re.ASCII)
 _APPEND_SECONDS = 0.1
 
@@ -55,7 +56,7 @@ def show(given: str | None, /, after: int, since: str, types: tuple[str, ...], a
     Exit status: 0 shown, 4 locked, 5 nothing matched.
     """
     count = 0
-    asked = {"after": after, "since": since, "types": list(types)}
+    asked = {"after": after, "since": _time(since), "types": list(types)}
     with vault(config_of(given)) as client:
         for record in client.lines("POST", "/v1/audit", asked):
             count += 1
@@ -98,7 +99,7 @@ def who(given: str | None, /, patient: str, studies: tuple[str, ...], since: str
         )
     rows, summary = [], {"studies": 0, "others_erased": 0}
     with vault(config_of(given)) as client:
-        asked = {"patient": patient, "studies": list(studies), "since": since}
+        asked = {"patient": patient, "studies": list(studies), "since": _time(since)}
         for row in client.lines("POST", "/v1/audit/who", asked):
             if as_json:
                 click.echo(json.dumps(row, ensure_ascii=False))
@@ -285,3 +286,14 @@ def _words(record: dict[str, Any], *left_out: str) -> str:
 
 def _value(value: Any) -> str:
     return value if isinstance(value, str) and " " not in value else json.dumps(value, ensure_ascii=False)
+
+
+def _time(text: str) -> str:
+    """Return the beginning of a time as records have it.
+
+    Raises:
+        click.BadParameter: It is none: nothing would match, and look as if nothing had happened.
+    """
+    if text and not _SINCE.fullmatch(text):
+        raise click.BadParameter(f"'{text}' is no time; write 2026-01-31 or 2026-01-31T08:00", param_hint="--since")
+    return text

@@ -117,6 +117,9 @@ def export_command(
         raise click.UsageError("name exactly one of --study, --series, --sop and --all")
     if (folder is None) == (file is None):
         raise click.UsageError("name either --to FOLDER or --output FILE")
+    _check_uids(chosen)
+    # What is written is in the clear: nobody else's to read.
+    os.umask(0o077)
     with vault(config_of(given)) as client:
         rows = list(client.lines("POST", "/v1/search", {"level": "instance", "filters": chosen}))
         if not rows:
@@ -136,6 +139,12 @@ def export_command(
         more = f", {present} were already there" if present else ""
         click.echo(f"exported {output.plural(written, 'instance')}{more}{f', {failed} FAILED' if failed else ''}")
     return PARTLY if failed else 0
+
+
+def _check_uids(chosen: dict[str, str]) -> None:
+    for option, uid in chosen.items():
+        if not is_uid(uid):
+            raise click.BadParameter(f"'{uid}' is no UID; --all exports everything", param_hint=f"--{option}")
 
 
 def _write_all(client: Client, rows: list[dict[str, Any]], folder: Path) -> tuple[int, int, int]:

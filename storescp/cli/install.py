@@ -16,7 +16,9 @@ from storescp.config import is_ae_title, parse_address
 @click.command("install")
 @click.option("--dry-run", is_flag=True, help="Print the steps and change nothing.")
 @click.option("--remove", is_flag=True, help="Take the services away; store, anchors, spool, keys, settings stay.")
-@click.option("--root", type=click.Path(path_type=Path, file_okay=False), help="Into a scratch root: an image's.")
+@click.option(
+    "--root", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Into a scratch root: an image's."
+)
 @click.option("--config-dir", default="/etc/strongroom", show_default=True, help="The configuration's folder.")
 @click.option("--program", help="The strongroom command that units start; else this one's.")
 @click.option(
@@ -69,7 +71,7 @@ def install_command(
     options = install.Options(
         program=program or f"{sys.prefix}/bin/strongroom",
         config=config_dir.rstrip("/"),
-        root=str(root.absolute()) if root is not None and root.absolute() != Path("/") else "",
+        root=str(root.resolve()) if root is not None and root.resolve() != Path("/") else "",
         unlock=unlock,
         listen=listen,
         ae_title=ae_title,

@@ -264,7 +264,13 @@ def remove(given: str | None, /, title: str) -> None:
         _record(client, "peer-removed", peer.ae_title)
         peer.file.unlink()
         encoding.sync_folder(peer.file.parent)
-    click.echo(f"peer {peer.ae_title} removed; its certificate opens nothing here any more")
+    others = [
+        p.ae_title for p in read(config).by_title.values() if p.fingerprints & peer.fingerprints or p.keys & peer.keys
+    ]
+    left = (
+        f"its certificate still opens {', '.join(others)}" if others else "its certificate opens nothing here any more"
+    )
+    click.echo(f"peer {peer.ae_title} removed; {left}")
 
 
 @peer_command.command("test")

@@ -19,6 +19,7 @@ from keys import slots
 from storescp.config import Config, load, locate
 from storescp.control import Client
 from storescp.errors import LOCKED, StrongroomError
+from storescp.program import PROGRAM
 
 
 def config_of(given: str | None) -> Config:
@@ -53,6 +54,31 @@ def vault(config: Config, *, unlocked: bool = True) -> Iterator[Client]:
         if unlocked and client.json("GET", "/v1/locked")["locked"]:
             unlock(client, ask_secret(None, None))
         yield client
+
+
+@contextlib.contextmanager
+def running(config: Config) -> Iterator[Client]:
+    """Connect to the vault that runs, and start none: what is asked is about that one.
+
+    Raises:
+        StrongroomError: None runs.
+    """
+    connection = _connect(config)
+    if connection is None:
+        raise StrongroomError("no vault is running", hint="'strongroom serve', or the service, starts it")
+    client = Client(connection)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def is_running(config: Config) -> bool:
+    """Tell whether a vault runs."""
+    connection = _connect(config)
+    if connection is not None:
+        connection.close()
+    return connection is not None
 
 
 def unlock(client: Client, secret: slots.Secret) -> None:
@@ -92,8 +118,8 @@ def ask_secret(key_file: Path | None, passphrase_file: Path | None) -> slots.Sec
         return slots.Passphrase(read_passphrase(passphrase_file))
     if not sys.stdin.isatty():
         raise StrongroomError(
-            "the vault is locked",
-            hint="'strongroom unlock' opens it, or set unlock.key_file in the configuration",
+            "the vault is locked, and there is no terminal to ask for a passphrase",
+            hint="'strongroom unlock' with --key-file or --passphrase-file, or unlock.key_file in the configuration",
             status=LOCKED,
         )
     return slots.Passphrase(click.prompt("Passphrase", hide_input=True, err=True))
@@ -154,7 +180,7 @@ def _started(config: Config) -> Iterator[Client]:
             hint="start the service, or run this command with sudo",
         )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    command = [sys.executable, "-m", "storescp", "--config", str(config.file)]
+    command = [*PROGRAM, "--config", str(config.file)]
     command += ["vault", "--connection", str(theirs.fileno())]
     # As the store's owner, so that nothing in the store becomes root's.
     process = subprocess.Popen(

@@ -13,7 +13,7 @@ import click
 
 from keys import slots
 from storescp.cli import output
-from storescp.cli.session import ask_secret, config_of, read_passphrase, unlock, vault
+from storescp.cli.session import ask_secret, config_of, is_running, read_passphrase, running, unlock, vault
 from storescp.config import is_ae_title, parse_address, split_token
 from storescp.errors import StrongroomError
 
@@ -88,7 +88,8 @@ def init_command(
     pin = _anchor_pin(anchor_token, anchor_pin_file)
     passphrase = _new_passphrase(key_file, passphrase_file)
     names = list(server_name) or names_of(listen)
-    file = Path(given or "strongroom.toml").absolute()
+    # A new one in the current folder where nothing is said, whatever there is elsewhere.
+    file = Path(given or os.environ.get("STRONGROOM_CONFIG") or "strongroom.toml").absolute()
     config = create(
         Plan(
             file,
@@ -136,8 +137,10 @@ def unlock_command(given: str | None, /, key_file: Path | None, passphrase_file:
       $ strongroom unlock --token
     Exit status: 0 unlocked, 1 failed, 4 this does not unlock the store.
     """
-    config = config_of(given)
-    with vault(config, unlocked=False) as client:
+    with running(config_of(given)) as client:
+        if not client.json("GET", "/v1/locked")["locked"]:
+            click.echo("unlocked already")
+            return
         if token:
             unlock(client, slots.Token(click.prompt("PIN of the token", hide_input=True, err=True)))
         else:
@@ -154,7 +157,7 @@ def lock_command(given: str | None, /) -> None:
     Example:
       $ strongroom lock
     """
-    with vault(config_of(given), unlocked=False) as client:
+    with running(config_of(given)) as client:
         client.json("POST", "/v1/lock")
     click.echo("locked")
 
@@ -172,8 +175,15 @@ def status_command(given: str | None, /, as_json: bool) -> None:
     from storescp.gate import validity
 
     config = config_of(given)
+    # One that is started for this command says how the store is, and nothing of a server.
+    served = is_running(config)
     with vault(config, unlocked=False) as client:
         status = client.json("GET", "/v1/status")
+    if not served:
+        status["receiving"] = False
+        status["warnings"].insert(
+            0, "no server is running, so nothing is received: 'strongroom serve', or its services"
+        )
     # The vault knows nothing of TLS: what the gate's files say is read here.
     status["warnings"] += validity.warnings(config, datetime.now(UTC))
     if as_json:

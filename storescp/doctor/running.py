@@ -38,7 +38,7 @@ def own(config_file: Path, root: Path = Path("/")) -> tuple[Process, ...] | Unse
 def verb_of(words: list[str], config_file: str) -> str:
     """Return the verb of this product that a command line runs on a configuration file, empty if it runs none."""
     names = [os.path.basename(word) for word in words[:3]]
-    if not ("strongroom" in names or words[1:3] == ["-m", "storescp"]):
+    if not ("strongroom" in names or [w for w in words[1:4] if w != "-P"][:2] == ["-m", "storescp"]):
         return ""
     if "--config" in words[:-1] and words[words.index("--config") + 1] != config_file:
         return ""

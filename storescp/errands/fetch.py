@@ -50,7 +50,7 @@ def pip_index() -> str:
         StrongroomError: There is no pip that says it.
     """
     for command in (["-m", "pip", "config", "get", "global.index-url"], ["-c", _PIP_DEFAULT]):
-        told = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+        told = subprocess.run([sys.executable, "-P", *command], capture_output=True, text=True, check=False)
         if told.returncode == 0 and told.stdout.strip():
             return told.stdout.strip()
     raise StrongroomError(

@@ -36,6 +36,8 @@ _UNKNOWN = "unknown"
 _OPERATIONS = frozenset({"find", "get", "move", "web"})
 # How long the same refusal is not recorded again, but counted.
 _TOLD_SECONDS = 60.0
+# No title and no modality is like it.
+_NOBODY = "\0"
 # How long an alert stands after the last refusal.
 _SETTLED_SECONDS = 3600.0
 
@@ -114,6 +116,9 @@ class Grants:
         opened = self._vault.unlocked()
         self._vault.admit()
         scope = scope_of(peer)
+        if asked.operation == "move" and (to := self._known().by_title.get(asked.to)) is not None:
+            # Whoever has it sent there: a peer gets nothing that it does not see.
+            scope = both(scope, scope_of(to))
         with opened.reader() as reader:
             parts = reader.index.parts(chosen, scope)
         total = sum(part.instances for part in parts)
@@ -224,6 +229,18 @@ def scope_of(peer: Peer) -> Scope:
     if "admin" in peer.roles:
         return Scope()
     return Scope(sorted(peer.sees_ae_titles), sorted(peer.sees_modalities))
+
+
+def both(one: Scope, other: Scope) -> Scope:
+    """Return what is within two scopes."""
+    return Scope(_common(one.ae_titles, other.ae_titles), _common(one.modalities, other.modalities))
+
+
+def _common(one: list[str], other: list[str]) -> list[str]:
+    if not one or not other:
+        return one or other
+    # None in common is nothing, where an empty list would be everything.
+    return sorted(set(one) & set(other)) or [_NOBODY]
 
 
 def _instance(found: Selected) -> Instance:

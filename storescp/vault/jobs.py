@@ -9,7 +9,6 @@ missing, the error's status is ``USAGE`` or ``NOTHING``.
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ import msgspec
 
 from storescp import snapshot
 from storescp.errors import FINDINGS, USAGE, StrongroomError, plural
+from storescp.program import PROGRAM
 from storescp.vault.backup import Backups
 from storescp.vault.erase import Erase
 from storescp.vault.expiry import ending
@@ -128,7 +128,7 @@ class _Work:
     def patch(self, _uid: int) -> Iterator[Event]:
         # The verb itself, which tells alerts: what it looks at is no business of a process that holds the keys.
         file = str(self._vault.config.file)
-        command = [sys.executable, "-m", "storescp", "--config", file, "patch", "report", "--json"]
+        command = [*PROGRAM, "--config", file, "patch", "report", "--json"]
         done = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_REPORT_SECONDS, check=False
         )

@@ -7,7 +7,9 @@ import threading
 
 import pytest
 
+from storage.query import Scope
 from storescp.vault import limits
+from storescp.vault.grants import both
 from storescp.vault.limits import Limit, Seldom
 
 
@@ -115,3 +117,17 @@ def test_what_comes_again_and_again_is_told_once_in_a_time_and_counted() -> None
     clock.now = 1000.0
     assert seldom.overdue() == []
     assert seldom._told == {}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (Scope(), Scope(), Scope()),
+        (Scope(["A"], ["CT"]), Scope(), Scope(["A"], ["CT"])),
+        (Scope(["A", "B"]), Scope(["B", "C"], ["MR"]), Scope(["B"], ["MR"])),
+        # Nothing in common is nothing, and not everything.
+        (Scope(["A"]), Scope(["B"]), Scope(["\0"])),
+    ],
+)
+def test_within_two_scopes_is_what_both_have(one: Scope, other: Scope, expected: Scope) -> None:
+    assert both(one, other) == both(other, one) == expected
