@@ -466,6 +466,11 @@ def _check(settings: Settings) -> list[str]:
     errors += forwardsettings.check(settings.audit)
     errors += metricssettings.check(settings.metrics, parse_address)
     errors += desksettings.check(settings.desk, parse_address)
+    taken = {*gate.listen, *(listener.listen for listener in gate.plaintext)}
+    for name in ("listen", "web"):
+        # Port 0 is another one each time.
+        twice = [address for address in getattr(settings.desk, name) if address in taken and address[-2:] != ":0"]
+        errors += [f"desk.{name}: '{address}' is the gate's, too" for address in twice]
     return errors
 
 

@@ -179,6 +179,8 @@ def restore_command(
     config = load(file)
     if not config.certificate.exists():
         click.echo(f"put the server's certificate at {config.certificate} and its key at {config.private_key}")
+    click.echo("studies that were erased since that backup are back: erase them again (docs/backup.md)")
+    click.echo(f"rules, schedule, alerts and the desk are a new store's: set them in {file}")
     click.echo("then 'strongroom verify', and 'strongroom serve'")
     return PARTLY if end["problems"] else 0
 

@@ -204,7 +204,9 @@ class Session:
             counts = error.counts if isinstance(error, _RefusedError) else None
             if status == SUCCESS and operation != "find":
                 counts = Counts()
-            log.warning("association %s: answered with %04X: %s", self._origin.association, status, comment or "none")
+            level = logging.INFO if status == SUCCESS else logging.WARNING
+            said = comment or "nothing that the peer sees matches"
+            log.log(level, "association %s: answered with %04X: %s", self._origin.association, status, said)
             messages.send(message.context_id, dimse.response(command, status, comment, counts=counts))
 
     # --- C-FIND

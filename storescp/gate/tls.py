@@ -82,6 +82,9 @@ def server_context(certificate: Path, private_key: Path, trust: Trust, peers: Pe
     Raises:
         OSError: A file cannot be read, or is no certificate or key (ssl.SSLError).
     """
+    for file in (certificate, private_key):
+        # OpenSSL does not say which one it cannot open.
+        file.open("rb").close()
     context = strict_context()
     context.load_cert_chain(certificate, private_key)
     trusted(context, trust, peers)
