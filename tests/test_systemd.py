@@ -467,7 +467,8 @@ def test_what_the_gate_tells_a_test_of_a_peer_gets_out_of_the_sandbox(machine: M
 @real
 def test_a_service_writes_the_places_that_its_unit_names_and_what_it_writes_is_never_run(machine: Machine) -> None:
     for unit, file in UNITS.items():
-        named = {path for line in re.findall(r"(?m)^ReadWritePaths=(.*)$", file.read_text()) for path in line.split()}
+        lines = re.findall(r"(?m)^ReadWritePaths=(.*)$", file.read_text())
+        named = {path.removeprefix("-") for line in lines for path in line.split()}
         pid = machine.main(unit)
         user = owner(pid)
         found = set(machine.run("sh", "-c", f"{_WRITABLE} || true", pid=pid, user=user).split())
