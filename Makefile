@@ -71,6 +71,8 @@ bench: $(VENV)/test.stamp
 	@.ci/apt
 	$(BIN)/python -m benchmarks.receive --rounds 3 --journal --json $(VAR)/bench.json \
 	  --markdown docs/performance.md --svg docs/performance.svg
+	$(BIN)/python -m benchmarks.retrieve --rounds 5
+	$(BIN)/python -m benchmarks.query --instances 1000000
 
 # What sslyze sees of the gate of 'make serve', which must run. The scanner lives apart from what the server needs.
 scan: $(VENV)/run.stamp
