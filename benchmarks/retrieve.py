@@ -36,6 +36,7 @@ from storescp.gate import dimse, negotiate, wire
 _FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 _GET = "1.2.840.10008.5.1.4.1.2.2.3"
 _MAXIMUM_PDU = 131_072
+_PLUGIN = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
 
 
 class Places(NamedTuple):
@@ -63,7 +64,7 @@ class OrthancBack(Orthanc):
             # Without TLS: Debian's Orthanc ends at the first request over HTTPS.
             "SslEnabled": False,
             "KeepAlive": True,
-            "Plugins": ["/usr/share/orthanc/plugins/libOrthancDicomWeb.so"],
+            "Plugins": [_PLUGIN],
             "DicomAlwaysAllowGet": True,
             "DicomAlwaysAllowFind": True,
             # Who asks is no modality of its own: its title is not looked up.
@@ -327,6 +328,8 @@ def main() -> int:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--json", type=Path, help="write raw figures")
     arguments = parser.parse_args()
+    if not Path(_PLUGIN).exists():
+        parser.error("Orthanc's DICOMweb plugin is not installed: apt-get install orthanc-dicomweb")
     work = ROOT / "var"
     work.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="retrieve-", dir=work))
