@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from datetime import UTC, datetime
 
 
@@ -24,8 +25,10 @@ def set_up(process: str, form: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # Both would log what peers send, patient data included.
-    for name in ("pynetdicom", "pydicom"):
+    # What libraries warn of holds values of data sets, and goes past the log.
+    warnings.simplefilter("ignore")
+    # They would log what peers send, patient data included.
+    for name in ("pynetdicom", "pydicom", "PIL"):
         logging.getLogger(name).disabled = True
         logging.getLogger(name).propagate = False
 

@@ -344,6 +344,19 @@ def collected() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.fixture
+def lenient_pydicom() -> Iterator[None]:
+    """Set pydicom as the desk does."""
+    import pydicom
+
+    from storescp.desk.identifiers import lenient
+
+    before = pydicom.config.settings.writing_validation_mode
+    lenient()
+    yield
+    pydicom.config.settings.writing_validation_mode = before
+
+
 @pytest.fixture(autouse=True)
 def strict_pydicom() -> None:
     """Set pydicom as the gate does: a setting of the whole process, which tests that read sloppy files change."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 from typing import Any
 
 import pydicom
@@ -37,6 +36,12 @@ class IdentifierError(Exception):
     """An identifier does not fit its service; the message fits an Error Comment and holds no value."""
 
 
+def lenient() -> None:
+    """Let pydicom read and write what is not quite DICOM: for the whole process, and not for a moment in a thread."""
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
+
+
 def decode(content: bytes, transfer_syntax: str) -> Dataset:
     """Return an identifier.
 
@@ -45,10 +50,8 @@ def decode(content: bytes, transfer_syntax: str) -> Dataset:
     """
     encoding = ENCODINGS[transfer_syntax]
     try:
-        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-            warnings.simplefilter("ignore")
-            found = read_dataset(io.BytesIO(content), encoding.implicit, encoding.little_endian)
-            found.decode()
+        found = read_dataset(io.BytesIO(content), encoding.implicit, encoding.little_endian)
+        found.decode()
     except Exception as error:
         # The library raises whatever it stumbles over.
         raise IdentifierError("the identifier cannot be understood") from error
@@ -134,9 +137,7 @@ def encode(found: Dataset, transfer_syntax: str) -> bytes:
     encoding = ENCODINGS[transfer_syntax]
     out = DicomBytesIO()
     out.is_implicit_VR, out.is_little_endian = encoding.implicit, encoding.little_endian
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        write_dataset(out, found)
+    write_dataset(out, found)
     return bytes(out.getvalue())
 
 

@@ -16,6 +16,7 @@ from storescp import notify, peers
 from storescp.config import Config, parse_address
 from storescp.desk.asking import Asking
 from storescp.desk.commit import Reports
+from storescp.desk.identifiers import lenient
 from storescp.desk.outgoing import Outgoing
 from storescp.desk.serving import Serving, Session, Tools
 from storescp.errors import StrongroomError
@@ -45,6 +46,7 @@ def run(config: Config) -> None:
     """
     if not config.settings.desk.runs:
         raise StrongroomError("there is no desk", hint="desk.listen or desk.web in the configuration opens one")
+    lenient()
     stop = Stop()
     stop.on(signal.SIGTERM, signal.SIGINT)
     try:

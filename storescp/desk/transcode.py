@@ -6,11 +6,9 @@ The whole object is in memory for it, up to a bound; what cannot be done is said
 from __future__ import annotations
 
 import io
-import warnings
 import zlib
 from collections.abc import Iterable
 
-import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import dcmread
@@ -78,18 +76,16 @@ def transcode(instance: Instance, parts: Iterable[bytes | memoryview], target: s
         raise TranscodeError(f"{source} cannot be made into {target}: it ends early")
     content.seek(0)
     try:
-        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-            warnings.simplefilter("ignore")
-            found = dcmread(content)
-            _check_whole(found, content.tell())
-            if source not in _PLAIN:
-                _check_size(found)
-                found.decompress(as_rgb=False, generate_instance_uid=False)
-            elif source == BIG_ENDIAN:
-                _turn(found)
-            found.file_meta = FileMetaDataset()
-            found.file_meta.TransferSyntaxUID = UID(target)
-            return encode(found, target)
+        found = dcmread(content)
+        _check_whole(found, content.tell())
+        if source not in _PLAIN:
+            _check_size(found)
+            found.decompress(as_rgb=False, generate_instance_uid=False)
+        elif source == BIG_ENDIAN:
+            _turn(found)
+        found.file_meta = FileMetaDataset()
+        found.file_meta.TransferSyntaxUID = UID(target)
+        return encode(found, target)
     except TranscodeError:
         raise
     except Exception as error:

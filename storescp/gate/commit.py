@@ -7,9 +7,7 @@ Source: PS3.4 J.3.2.
 from __future__ import annotations
 
 import io
-import warnings
 
-import pydicom
 from pydicom.filereader import read_dataset
 
 from storage.attributes import is_uid
@@ -85,14 +83,12 @@ def _references(content: bytes, transfer_syntax: str) -> tuple[str, list[tuple[s
     """Return the transaction and what it refers to, SOP class and instance each; None where that is not there."""
     encoding = ENCODINGS[transfer_syntax]
     try:
-        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-            warnings.simplefilter("ignore")
-            found = read_dataset(io.BytesIO(content), encoding.implicit, encoding.little_endian)
-            transaction = str(found.TransactionUID)
-            pairs = [
-                (str(item.ReferencedSOPClassUID), str(item.ReferencedSOPInstanceUID))
-                for item in found.ReferencedSOPSequence
-            ]
+        found = read_dataset(io.BytesIO(content), encoding.implicit, encoding.little_endian)
+        transaction = str(found.TransactionUID)
+        pairs = [
+            (str(item.ReferencedSOPClassUID), str(item.ReferencedSOPInstanceUID))
+            for item in found.ReferencedSOPSequence
+        ]
     except Exception:
         # The library raises whatever it stumbles over; for us each of them is a malformed request.
         return None

@@ -24,6 +24,9 @@ from storescp.desk.identifiers import IdentifierError
 from storescp.desk.models import MODELS, UNIQUE
 from storescp.gate.transfer import ENCODINGS
 
+# As in the desk's process, where nothing of this goes anywhere.
+pytestmark = [pytest.mark.usefixtures("lenient_pydicom"), pytest.mark.filterwarnings("ignore")]
+
 EXPLICIT, IMPLICIT, BIG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
 SYNTAXES = (EXPLICIT, IMPLICIT, BIG)
 PATIENT_FIND, STUDY_FIND = MODELS["1.2.840.10008.5.1.4.1.2.1.1"], MODELS["1.2.840.10008.5.1.4.1.2.2.1"]

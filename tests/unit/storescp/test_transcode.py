@@ -30,6 +30,9 @@ from storescp.desk.transcode import (
 from storescp.handover import Instance
 from storescp.part10 import header
 
+# As in the desk's process, where nothing of this goes anywhere.
+pytestmark = [pytest.mark.usefixtures("lenient_pydicom"), pytest.mark.filterwarnings("ignore")]
+
 RLE, J2K, JPEG_LS, JPEG_LOSSLESS = (f"1.2.840.10008.1.2.{end}" for end in ("5", "4.90", "4.80", "4.70"))
 
 
