@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -171,6 +171,16 @@ class Row(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class Version(NamedTuple):
+    """One of the instances that came under a UID: its state, whether it is admitted, and in which pack it is."""
+
+    state: str
+    sop_class: str
+    calling: str
+    admitted: bool
+    pack: str
+
+
 class Patient(msgspec.Struct, frozen=True):
     """Whom a study is about, as far as instances can contradict it."""
 
@@ -253,14 +263,17 @@ class Index:
         ).fetchone()
         return _place(row) if row else None
 
-    def standing(self, sop_uid: str) -> list[tuple[str, str, str, bool]]:
-        """Return each version of an instance: its state, SOP class, calling AE title, and whether it is admitted."""
+    def standing(self, sop_uid: str) -> list[Version]:
+        """Return each version of an instance."""
         rows = self._db.execute(
-            "SELECT i.state, i.sop_class, i.calling, p.place <> 'incoming' FROM instance i"
+            "SELECT i.state, i.sop_class, i.calling, p.place <> 'incoming', i.pack FROM instance i"
             " JOIN pack p ON p.id = i.pack WHERE i.uid = ?",
             [sop_uid],
         )
-        return [(str(row[0]), str(row[1]), str(row[2]), bool(row[3])) for row in rows]
+        return [
+            Version(state, sop_class, calling, bool(admitted), pack)
+            for state, sop_class, calling, admitted, pack in rows
+        ]
 
     def of_object(self, object_id: bytes) -> list[Place]:
         """Return where records with an object id lie, whatever their state."""

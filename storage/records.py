@@ -70,6 +70,14 @@ class Records(Generic[_T]):
         ).fetchone()
         return int(row[0])
 
+    def count_of(self, prefix: str) -> int:
+        """Return how many records there are whose id begins so."""
+        row = self._db.execute(
+            "SELECT count(*) FROM record WHERE kind = ? AND id >= ? AND id < ?",
+            [self._kind, prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1)],
+        ).fetchone()
+        return int(row[0])
+
     def put(self, record_id: str, record: _T, state: str = "") -> None:
         """Keep a record durably, in place of an earlier one with its id."""
         self.put_all([(record_id, record, state)])

@@ -88,14 +88,15 @@ class Asking:
         with self._client() as client:
             return list(client.lines("GET", "/v1/commitments"))
 
-    def told(self, commitment_id: str, why: str) -> None:
+    def told(self, report: dict[str, Any], why: str) -> None:
         """Say that a report was delivered, or why not.
 
         Raises:
             AskingError: The vault is locked, or does not run.
         """
         with self._client() as client:
-            client.json("POST", "/v1/commitments/told", {"id": commitment_id, "delivered": not why, "why": why})
+            told = {"id": report["id"], "decided": report["decided"], "delivered": not why, "why": why}
+            client.json("POST", "/v1/commitments/told", told)
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Client]:

@@ -44,10 +44,18 @@ class Reports:
                 why = silent.get(title) or self._tell(report, peers.by_title.get(title))
                 if why:
                     silent[title] = why
-                self._asking.told(str(report["id"]), why)
+                self._told(report, why)
         except AskingError as error:
             if not error.locked:
                 log.error("reports of storage commitment wait: %s", error)
+
+    def _told(self, report: dict[str, Any], why: str) -> None:
+        try:
+            self._asking.told(report, why)
+        except AskingError as error:
+            # Asked anew meanwhile: that is another report.
+            if not error.nothing:
+                raise
 
     def _tell(self, report: dict[str, Any], peer: Peer | None) -> str:
         """Tell a peer; return why that failed, empty where it did not."""

@@ -20,55 +20,26 @@ from typing import Any
 import msgspec
 
 from keys import encoding
-from keys.anchors import AnchorError
-from keys.keyring import Keyring, KeyringError, UnknownVersionError
+from keys.keyring import Keyring
 from keys.seal import SealError, open_sealed, seal
 from keys.versions import store_id_of
-from storage import audit, events
-from storage.attributes import is_uid
+from storage import audit
 from storage.audit import AuditError, Chain
 from storage.deposit import DepositError, PublishedKeys
-from storage.events import EventsError
 from storage.ledger import CertificateUse, Head, Ledger
 from storage.sqlite import DatabaseError
 from storescp import __version__
 from storescp.config import Config
 from storescp.errors import StrongroomError
-from storescp.log import escape
-from storescp.vault.commitmentrecords import Requested, keep
+from storescp.vault.gateevents import GateEvents
 
 _KEY = "audit"
 _DEPOSIT = "deposit-"
 _GONE = "gone-with-its-version"
 _QUIET_SECONDS = 10.0
-_SHORT = 128
 # A record leaves room for what a transcript puts around it.
 _RECORD_LIMIT = audit.RECORD_LIMIT - (1 << 10)
-_EVENTS_LIMIT = _RECORD_LIMIT - (1 << 10)
-# Of one request of storage commitment, in events.
-_PARTS_LIMIT = 100
-# How long the gate's events may be taken at a time: whoever asks something of the vault waits meanwhile.
-_TAKE_SECONDS = 1.0
-
-# What an event may hold: no numbers whose text grows, and nothing that nests.
-_Value = str | int | bool | None | dict[str, str | int] | list[str]
-
 log = logging.getLogger(__name__)
-
-
-class Event(msgspec.Struct):
-    """What the vault itself reads of a gate's event; the rest goes into the chain as it is."""
-
-    time: str
-    type: str
-    calling: str = ""
-    address: str = ""
-    certificate: str = ""
-    peers: dict[str, str] = msgspec.field(default_factory=dict)
-    transaction: str = ""
-    part: int = 0
-    parts: int = 0
-    instances: list[str] = msgspec.field(default_factory=list)
 
 
 class _Export:
@@ -90,9 +61,7 @@ class Auditor:
         self._ring: Keyring | None = None
         self._ledger: Ledger | None = None
         self._exports: dict[tuple[int, str], _Export] = {}
-        self._taken: set[str] = set()
-        self._peer_files: dict[str, str] | None = None
-        self._waiting = ""
+        self._gate = GateEvents(config.incoming, self._store_id, self)
         self._chain: Chain | None = None
         # Who has to see an act before it is done; set once, by who knows it.
         self.before: Callable[[str, dict[str, Any]], None] = lambda _kind, _fields: None
@@ -234,7 +203,7 @@ class Auditor:
                     elif content.get("type") == "transcript":
                         copies.pop(int(content["of"]), None)
                     elif content.get("type") in {"gate-events", "events-refused"}:
-                        self._taken.add(str(content.get("file")))
+                        self._gate.known(str(content.get("file")))
             except (AuditError, OSError) as error:
                 log.error("the audit chain: %s", error)
                 self.tell("audit-broken", fault=str(error))
@@ -341,104 +310,15 @@ class Auditor:
             self._keep_head()
             return aside
 
-    # --- the gate's events
+    # --- the gate
 
     def take(self, gate_uid: int) -> None:
         """Take the gate's events into the chain, if unlocked; what cannot be recorded stays where it is."""
         with self._lock:
-            if self._ring is None or self._chain is None:
+            if self._ring is None or self._ledger is None or self._chain is None:
                 return
-            until = time.monotonic() + _TAKE_SECONDS
-            waiting, taken = "", False
-            try:
-                for path in events.found(self._config.incoming):
-                    try:
-                        self._take(path, self._ring, gate_uid)
-                        taken = True
-                    except (OSError, KeyringError, AnchorError) as error:
-                        waiting = waiting or f"{_printable(path.name)}: {error}"
-                    if time.monotonic() > until:
-                        break
-            except (StrongroomError, OSError) as error:
-                waiting = str(error)
-            if waiting and waiting != self._waiting:
-                log.error("the gate's events wait: %s", waiting)
-            self._waiting = waiting
-            if taken:
+            if self._gate.take(self._ring, self._ledger, gate_uid):
                 self._keep_head()
-
-    def _take(self, path: Path, ring: Keyring, gate_uid: int) -> None:
-        name = _printable(path.name.removesuffix(events.SUFFIX))
-        if name not in self._taken:
-            try:
-                found, told, peer_files = self._read(path, ring, gate_uid)
-            except (EventsError, UnknownVersionError) as error:
-                log.error("events in incoming are refused: %s", error)
-                self.record("events-refused", file=name, reason=str(error)[:_SHORT])
-                self._taken.add(name)
-            else:
-                # First: until it is recorded, the file stays, and is taken again.
-                self._commit(found)
-                if told:
-                    self.record("gate-events", file=name, events=told)
-                # At once: whatever fails from here on, they are not recorded again.
-                self._taken.add(name)
-                self._peer_files = peer_files
-                self._used(found)
-        try:
-            path.unlink()
-        except IsADirectoryError:
-            # It stays where it is, and was told once.
-            return
-        self._taken.discard(name)
-
-    def _read(
-        self, path: Path, ring: Keyring, gate_uid: int
-    ) -> tuple[list[Event], list[dict[str, Any]], dict[str, str] | None]:
-        """Return the events in a file; those that are recorded; which peer files the gate reads after them.
-
-        Raises:
-            EventsError: They are not what a gate writes.
-        """
-        content = events.read(path, self._store_id, ring.version, gate_uid)
-        try:
-            found = msgspec.json.decode(content, type=list[Event])
-            whole = msgspec.json.decode(content, type=list[dict[str, _Value]])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise EventsError(f"they are not what a gate writes: {error}") from error
-        told: list[dict[str, Any]] = []
-        peer_files = self._peer_files
-        for event, entry in zip(found, whole, strict=True):
-            if event.type == "peers-read":
-                told += _changed(peer_files, event, entry)
-                peer_files = event.peers
-            else:
-                # Whom a request of commitment names is the ledger's to keep; the chain has how many.
-                told.append(entry | {"instances": len(event.instances)} if event.instances else entry)
-        if len(encoding.canonical(told)) > _EVENTS_LIMIT:
-            raise EventsError("they are too many for a record")
-        return found, told, peer_files
-
-    def _commit(self, found: list[Event]) -> None:
-        asked = [
-            Requested(e.calling[:_SHORT], e.transaction[:_SHORT], e.part, e.parts, e.instances)
-            for e in found
-            if e.type == "commitment-requested" and is_uid(e.transaction) and 0 <= e.part < e.parts <= _PARTS_LIMIT
-        ]
-        if asked and self._ledger is not None:
-            keep(self._ledger, asked, time.time())
-
-    def _used(self, found: list[Event]) -> None:
-        uses = [
-            CertificateUse(e.certificate[:_SHORT], e.calling[:_SHORT], e.address[:_SHORT], e.time[:_SHORT])
-            for e in found
-            if e.type == "association-begun" and e.certificate
-        ]
-        if uses and self._ledger is not None:
-            try:
-                self._ledger.used(uses)
-            except DatabaseError as error:
-                log.error("when certificates were used is not kept in the ledger: %s", error)
 
     def certificate_uses(self) -> list[CertificateUse]:
         """Return when each certificate was last used; nothing while locked."""
@@ -449,17 +329,6 @@ class Auditor:
         """Record that a vault began to run, which release, and on which configuration."""
         digest = hashlib.sha256(self._config.file.read_bytes()).hexdigest()
         self.tell("vault-started", release=__version__, configuration=digest)
-
-
-def _changed(before: dict[str, str] | None, event: Event, entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is recorded of peer files that were read: all at first, then only what changed."""
-    if before is None:
-        return [entry]
-    after = event.peers
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if not changed:
-        return []
-    return [{"time": event.time, "type": "peers-changed", "files": {name: after.get(name) for name in changed}}]
 
 
 def _encoded(record: dict[str, Any]) -> bytes:
@@ -477,11 +346,6 @@ def _decoded(entry: audit.Entry) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"time", "type"} <= content.keys():
         raise AuditError(f"record {entry.number} is none that a vault writes")
     return content
-
-
-def _printable(name: str) -> str:
-    """Return a file's name, whatever its bytes are, as text that can be recorded, and short."""
-    return escape(os.fsencode(name).decode("utf-8", "backslashreplace"))[:_SHORT]
 
 
 def _now() -> str:

@@ -8,6 +8,9 @@ from storage.attributes import is_uid
 from storage.ledger import Ledger
 from storage.records import Records
 
+# A broken gate does not fill the ledger; a device that asks and never listens leaves room for the others.
+_MOST = 10_000
+_SHARE = 5
 COLLECTING, WAITING, DECIDED = "collecting", "waiting", "decided"
 
 
@@ -53,9 +56,19 @@ class Commitment(msgspec.Struct):
         return [(sop_class, sop) for sop_class, _, sop in found]
 
 
-def keep(ledger: Ledger, requested: list[Requested], now: float) -> None:
-    """Keep parts of requests; the same part again changes nothing, and one that no gate would write is left out."""
-    known = records_of(ledger)
+def keep(ledger: Ledger, requested: list[Requested], now: float, most: int | None = None) -> list[Requested]:
+    """Keep parts of requests; return those for which there is no room.
+
+    The same part again changes nothing, and one that no gate would write is left out.
+
+    Args:
+        ledger: Where they are kept.
+        requested: What a gate took.
+        now: Seconds since 1970.
+        most: How many requests wait at most, of all peers, 10,000 if not given; of one, a fifth of it.
+    """
+    known, most = records_of(ledger), _MOST if most is None else most
+    left_out = []
     for part in requested:
         if not all(map(_is_pair, part.instances)):
             continue
@@ -64,11 +77,15 @@ def keep(ledger: Ledger, requested: list[Requested], now: float) -> None:
         if kept is not None and kept.parts == part.parts and kept.got.get(part.part) == part.instances:
             # Taken twice, because something failed in between, or asked twice: one answer is enough.
             continue
+        if kept is None and (known.count() >= most or known.count_of(f"{part.calling}/") >= most // _SHARE):
+            left_out.append(part)
+            continue
         # Asked anew by the same transaction, it is decided anew.
         got = kept.got if kept is not None and kept.parts == part.parts else {}
         kept = fresh
         kept.got = got | {part.part: part.instances}
         known.put(kept.id, kept, WAITING if len(kept.got) == kept.parts else COLLECTING)
+    return left_out
 
 
 def _is_pair(text: str) -> bool:

@@ -174,6 +174,11 @@ def damaged(open_: Open) -> int:
     return _records(open_).count(OPEN)
 
 
+def damaged_instances(open_: Open) -> dict[str, set[str]]:
+    """Return the packs that are known to be damaged, each with the UIDs of its instances that are; none: all of it."""
+    return {damage.pack: {str(row["sop"]) for row in damage.objects} for damage in _records(open_).all(OPEN)}
+
+
 def _look(open_: Open, reader: Reader, record: StudyKeyRecord) -> tuple[int, Damage | None]:
     size, _, finding = check(open_, reader, record)
     if not finding or finding["what"] == "not indexed" or open_.closed:

@@ -35,6 +35,7 @@ from storescp.gate.tls import Trust, server_context
 from storescp.vault.api.desk import DeskAccess
 from storescp.vault.commitmentrecords import DECIDED, WAITING, records_of
 from storescp.vault.commitments import Commitments
+from storescp.vault.scrub import Scrub
 from storescp.vault.state import Vault
 
 CT = Path(str(get_testdata_file("CT_small.dcm")))
@@ -219,6 +220,50 @@ def test_each_instance_that_is_not_committed_has_its_reason(ward: Ward, tmp_path
     assert failed(report) == {other[1]: 0x0119, pair[1]: 0x0110, theirs[1]: 0x0112, unknown[1]: 0x0112}
 
 
+def test_what_the_scrub_found_damaged_is_not_committed_until_it_is_good_again(ward: Ward, tmp_path: Path) -> None:
+    good, pair = ward.good, ward.store(fresh(tmp_path, StudyInstanceUID=str(generate_uid())))
+    ward.admitted()
+    [version] = ward.vault.unlocked().index.standing(pair[1])
+    path = ward.vault.unlocked().archive.path(version.pack)
+    content = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(content[:-1])
+    list(Scrub(ward.vault).run(0, whole=True))
+    ward.ask(good, pair)
+    [(event, report)] = ward.turn()
+    assert (event, committed(report), failed(report)) == (2, {good[1]}, {pair[1]: 0x0110})
+    path.write_bytes(content)
+    list(Scrub(ward.vault).run(0, whole=True))
+    ward.ask(good, pair)
+    [(event, report)] = ward.turn()
+    assert (event, committed(report)) == (1, {good[1], pair[1]})
+
+
+def test_many_reports_go_out_some_at_a_time_those_that_wait_longest_first(ward: Ward) -> None:
+    transactions = [ward.ask(ward.good)[0] for _ in range(23)]
+    told = [[report.TransactionUID for _, report in ward.turn()] for _ in range(4)]
+    assert [len(some) for some in told] == [10, 10, 3, 0]
+    assert sorted(one for some in told for one in some) == sorted(transactions)
+
+
+def test_a_request_that_is_asked_anew_while_its_report_goes_out_is_reported_again(ward: Ward) -> None:
+    asked = Dataset()
+    asked.TransactionUID = str(generate_uid())
+    asked.ReferencedSOPSequence = [item(*ward.good)]
+    assert ward.action(asked) == 0
+    ward.vault.advance(10.0)
+    ward.commitments.turn()
+    [report] = ward.asking.commitments()
+    asked.ReferencedSOPSequence = [item(CT_CLASS, "1.2.3")]
+    assert ward.action(asked) == 0
+    ward.vault.advance(10.0)
+    with pytest.raises(AskingError) as refused:
+        ward.asking.told(report, "")
+    assert refused.value.nothing
+    [(event, told)] = ward.turn()
+    assert (event, told.TransactionUID, failed(told)) == (2, asked.TransactionUID, {"1.2.3": 0x0112})
+
+
 def test_an_instance_asked_for_under_two_classes_is_committed_as_what_it_is(ward: Ward) -> None:
     good = ward.good
     ward.ask(good, (MR_CLASS, good[1]))
@@ -245,7 +290,7 @@ def test_a_locked_vault_says_so_to_the_desk_and_nobody_logs_it_as_an_error(
     with pytest.raises(AskingError) as refused:
         ward.asking.commitments()
     with pytest.raises(AskingError) as also:
-        ward.asking.told("CT1/1.2.3", "")
+        ward.asking.told({"id": "CT1/1.2.3", "decided": 0.0}, "")
     ward.reports.turn(ward.peers)
     ward.unlock()
     assert refused.value.locked

@@ -33,7 +33,7 @@ class DeskAccess:
         self._vault = vault
         self.grants = Grants(vault)
         self.commitments = Commitments(vault)
-        self._looked = 0.0
+        self._next = 0.0
         self._routes: Routes = {
             ("GET", "/v1/locked"): self._locked,
             ("POST", "/v1/find"): self._find,
@@ -55,14 +55,15 @@ class DeskAccess:
 
     def turn(self) -> None:
         """Decide requests of commitment, if it is time; what fails is tried again at the next turn."""
-        now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
+        begun = time.monotonic()
+        if begun < self._next:
             return
-        self._looked = now
         try:
             self.commitments.turn()
         except (StrongroomError, DatabaseError, OSError) as error:
             log.error("storage commitment waits: %s", error)
+        # Many that wait for long take a twentieth of the vault's time at most.
+        self._next = time.monotonic() + max(_LOOK_SECONDS, 20 * (time.monotonic() - begun))
 
     def _locked(self, _request: Request) -> Response:
         return json_response({"locked": self._vault.opened is None})
@@ -78,7 +79,8 @@ class DeskAccess:
 
     def _told(self, request: Request) -> Response:
         asked: ToldRequest = request.json(ToldRequest)
-        self.commitments.told(request.uid, asked.id, delivered=asked.delivered, why=escape(asked.why)[:200])
+        why = escape(asked.why)[:200]
+        self.commitments.told(request.uid, asked.id, asked.decided, delivered=asked.delivered, why=why)
         return json_response({})
 
     def _retrieve(self, request: Request) -> Response:
@@ -89,6 +91,7 @@ class ToldRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Whether a report of storage commitment was delivered, and if not, why."""
 
     id: str
+    decided: float
     delivered: bool
     why: str = ""
 

@@ -28,6 +28,7 @@ from storage.sqlite import DatabaseError
 from storescp.config import Config, load
 from storescp.errors import StrongroomError
 from storescp.vault.auditor import Auditor
+from storescp.vault.commitmentrecords import records_of
 
 TIME = "2026-01-31T12:00:00.000000Z"
 UID = 1000
@@ -455,13 +456,26 @@ def test_when_a_certificate_was_used_is_known_and_an_older_event_changes_nothing
 
 
 def test_many_waiting_files_hold_up_nobody_for_long(opened: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storescp.vault.auditor._TAKE_SECONDS", 0.0)
+    monkeypatch.setattr("storescp.vault.gateevents._TAKE_SECONDS", 0.0)
     for _ in range(5):
         opened.deposit(begun())
     for left in (4, 3, 2, 1, 0):
         opened.take()
         assert len(opened.waiting()) == left
     assert len(opened.events()) == 5
+
+
+def test_requests_of_commitment_for_which_there_is_no_room_are_recorded_as_dropped(
+    opened: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storescp.vault.commitmentrecords._MOST", 10)
+    asked = {"part": 0, "parts": 1, "instances": ["1.2.840.10008.5.1.4.1.1.2 1.2"], "calling": "CT1"}
+    found = [{"time": TIME, "type": "commitment-requested", "transaction": f"1.2.{n}", **asked} for n in range(4)]
+    opened.deposit(*found)
+    opened.take()
+    assert opened.waiting() == []
+    assert [r["peer"] for r in opened.records() if r["type"] == "commitment-dropped"] == ["CT1"]
+    assert [one.id for one in records_of(opened.ledger()).all()] == ["CT1/1.2.0", "CT1/1.2.1"]
 
 
 # --- a gate that lies

@@ -6,43 +6,43 @@ from pathlib import Path
 
 import pytest
 
+from storage.index import Version
 from storage.ledger import Ledger
 from storescp.vault.commitmentrecords import COLLECTING, DECIDED, WAITING, Requested, keep, records_of
 from storescp.vault.commitments import CLASS_CONFLICT, NO_SUCH_OBJECT, PROCESSING_FAILURE, decide
 
 CT, MR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
-HELD, AGAIN, ENCODING = ("held", CT, "A", True), ("again", CT, "A", True), ("encoding", CT, "A", True)
-WAITS = ("held", CT, "A", False)
+HELD = Version("held", CT, "A", True, "p")
+AGAIN, ENCODING = HELD._replace(state="again"), HELD._replace(state="encoding")
+WAITS = Version("held", CT, "A", False, "p")
 
 
 @pytest.mark.parametrize(
     ("standing", "reason"),
     [
         ([], NO_SUCH_OBJECT),
-        ([("held", CT, "B", True)], NO_SUCH_OBJECT),
-        ([("quarantined", CT, "B", True)], NO_SUCH_OBJECT),
+        ([Version("held", CT, "B", True, "p")], NO_SUCH_OBJECT),
+        ([Version("quarantined", CT, "B", True, "p")], NO_SUCH_OBJECT),
         ([HELD], 0),
         ([AGAIN], 0),
         ([ENCODING], 0),
-        ([("held", CT, "B", True), AGAIN], 0),
-        ([("held", CT, "B", True), ENCODING], 0),
-        ([HELD, ("quarantined", CT, "B", True)], 0),
+        ([Version("held", CT, "B", True, "p"), AGAIN], 0),
+        ([Version("held", CT, "B", True, "p"), ENCODING], 0),
+        ([HELD, Version("quarantined", CT, "B", True, "p")], 0),
         ([WAITS], None),
-        ([("pending", CT, "A", False)], None),
-        ([HELD, ("again", CT, "A", False)], None),
-        ([HELD, ("held", CT, "B", False)], 0),
-        ([("quarantined", CT, "A", True)], PROCESSING_FAILURE),
-        ([HELD, ("quarantined", CT, "A", True)], PROCESSING_FAILURE),
-        ([("quarantined", CT, "A", True), WAITS], PROCESSING_FAILURE),
-        ([("dropped", CT, "A", True)], PROCESSING_FAILURE),
-        ([("held", MR, "A", True)], CLASS_CONFLICT),
-        ([("held", MR, "B", True), AGAIN], 0),
-        ([("held", MR, "A", True), ("quarantined", MR, "A", True)], PROCESSING_FAILURE),
+        ([Version("pending", CT, "A", False, "p")], None),
+        ([HELD, Version("again", CT, "A", False, "p")], None),
+        ([HELD, Version("held", CT, "B", False, "p")], 0),
+        ([Version("quarantined", CT, "A", True, "p")], PROCESSING_FAILURE),
+        ([HELD, Version("quarantined", CT, "A", True, "p")], PROCESSING_FAILURE),
+        ([Version("quarantined", CT, "A", True, "p"), WAITS], PROCESSING_FAILURE),
+        ([Version("dropped", CT, "A", True, "p")], PROCESSING_FAILURE),
+        ([Version("held", MR, "A", True, "p")], CLASS_CONFLICT),
+        ([Version("held", MR, "B", True, "p"), AGAIN], 0),
+        ([Version("held", MR, "A", True, "p"), Version("quarantined", MR, "A", True, "p")], PROCESSING_FAILURE),
     ],
 )
-def test_an_instance_is_committed_to_who_sent_it_as_what_is_held(
-    standing: list[tuple[str, str, str, bool]], reason: int | None
-) -> None:
+def test_an_instance_is_committed_to_who_sent_it_as_what_is_held(standing: list[Version], reason: int | None) -> None:
     assert decide(standing, CT, "A") == reason
     assert decide(standing[::-1], CT, "A") == reason
 
@@ -110,3 +110,15 @@ def test_transactions_and_peers_are_kept_apart(ledger: Ledger) -> None:
 def test_what_no_gate_writes_is_left_out(ledger: Ledger, text: str) -> None:
     keep(ledger, [Requested("A", "1.2.3", 0, 1, [f"{CT} 1.2", text])], 1.0)
     assert states(ledger) == {COLLECTING: [], WAITING: [], DECIDED: []}
+
+
+def test_there_is_room_for_so_many_requests_and_one_peer_takes_a_fifth_of_it(ledger: Ledger) -> None:
+    many = [part(0, 1, "1.1", transaction=f"1.2.{number}") for number in range(5)]
+    assert keep(ledger, many, 1.0, most=15) == many[3:]
+    assert states(ledger)[WAITING] == ["A/1.2.0", "A/1.2.1", "A/1.2.2"]
+    # What is there already is no more.
+    assert keep(ledger, [part(0, 1, "1.9", transaction="1.2.0")], 2.0, most=15) == []
+    # A name that another begins with is another peer.
+    others = [part(0, 1, "1.1", calling=title) for title in ("A1", "AB", "B", "C")]
+    assert keep(ledger, others, 3.0, most=15) == []
+    assert keep(ledger, [part(0, 1, "1.1", calling="D")], 4.0, most=7) == [part(0, 1, "1.1", calling="D")]
