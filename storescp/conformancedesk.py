@@ -8,9 +8,10 @@ from pydicom.datadict import keyword_for_tag
 
 from storage.query import SUPPORTED
 from storescp.config import Config
-from storescp.desk import serving
+from storescp.desk import session
 from storescp.desk.models import MODELS
 from storescp.desk.transcode import LIMIT
+from storescp.gate import dimse
 from storescp.gate.transfer import COMMITMENT
 
 _NO_DESK = "Not supported by this configuration: it has no desk (`desk.listen`)."
@@ -89,17 +90,24 @@ def statuses(config: Config, table: _Table) -> str:
     """Return what the desk's responses mean; empty without a desk."""
     if not config.settings.desk.listen:
         return ""
+    every, retrievals = "C-FIND, C-MOVE, C-GET", "C-MOVE, C-GET"
     rows = [
-        ["C-FIND, C-MOVE, C-GET", f"{serving.SUCCESS:04X}", "done; also where nothing matches"],
-        ["C-FIND", "FF00, FF01", "a match; FF01: a key is not supported"],
-        ["C-FIND", "A700", "the vault is locked"],
-        ["C-FIND", "C001", "the peer may not, asks for too much at a time, or a key cannot be understood"],
-        ["C-FIND, C-MOVE, C-GET", "A900", "level or unique keys do not fit the model"],
-        ["C-FIND, C-MOVE, C-GET", f"{serving.CANCELLED:04X}", "cancelled"],
-        ["C-MOVE, C-GET", "FF00", "an instance was sent, or failed; with the numbers of sub-operations"],
-        ["C-MOVE, C-GET", f"{serving.SOME_FAILED:04X}", "some sub-operations failed; their UIDs are listed"],
-        ["C-MOVE, C-GET", "A702", "none could be done: locked, limited, the destination is not reached, all failed"],
-        ["C-MOVE", "A801", "the destination is no peer that listens"],
+        [every, f"{session.SUCCESS:04X}", "done; also where nothing matches"],
+        ["C-FIND", f"{session.PENDING:04X}", "a match"],
+        ["C-FIND", f"{session.PENDING_UNSUPPORTED:04X}", "a match; a key is not supported"],
+        ["C-FIND", f"{session.NO_RESOURCES:04X}", "the vault is locked"],
+        [every, f"{session.UNABLE:04X}", "the vault's answer broke off; C-FIND: also too much is asked at a time"],
+        [every, f"{session.MISMATCH:04X}", "the identifier cannot be understood, or does not fit the model"],
+        [every, f"{session.NO_SUCH_OPERATION:04X}", "no such operation in this presentation context"],
+        [every, f"{dimse.CANCELLED:04X}", "cancelled"],
+        [retrievals, f"{session.PENDING:04X}", "under way; from time to time, with the numbers of sub-operations"],
+        [retrievals, f"{session.SOME_FAILED:04X}", "some sub-operations failed; their UIDs are listed"],
+        [
+            retrievals,
+            f"{session.NO_SUBOPERATIONS:04X}",
+            "none could be done: locked, limited, the destination is not reached, all failed",
+        ],
+        ["C-MOVE", f"{session.NO_DESTINATION:04X}", "the destination is no peer that listens"],
     ]
     return "\n\n**The desk's:**\n\n" + table(["Request", "Status", "When"], [[a, f"`{b}`", c] for a, b, c in rows])
 

@@ -8,6 +8,9 @@ PARTLY = 3
 LOCKED = 4
 NOTHING = 5
 FINDINGS = 6
+# Between vault and desk alone; no command ends with these.
+MAY_NOT = 7
+LIMITED = 8
 
 
 class StrongroomError(Exception):

@@ -18,7 +18,8 @@ from storescp.desk.asking import Asking
 from storescp.desk.commit import Reports
 from storescp.desk.identifiers import lenient
 from storescp.desk.outgoing import Outgoing
-from storescp.desk.serving import Serving, Session, Tools
+from storescp.desk.serving import Serving
+from storescp.desk.session import Session, Tools
 from storescp.errors import StrongroomError
 from storescp.gate import listeners
 from storescp.gate.connection import Connections, Policy

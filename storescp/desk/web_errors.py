@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from storescp.desk.asking import AskingError
+from storescp.errors import LIMITED, MAY_NOT
 
 _RETRY_SECONDS = "60"
-# What the vault says; it has no number of its own for these.
-_MAY_NOT = "this peer may not do that"
-_LIMITED = "this peer asks for more than it may in this time"
 
 
 class Refusal(Exception):  # noqa: N818 (an answer, where the standard has one; not always an error)
@@ -26,8 +24,8 @@ def refusal(error: AskingError) -> Refusal:
         return Refusal(503, "the vault is locked", retry_after=_RETRY_SECONDS)
     if error.nothing:
         return Refusal(404, "nothing here is known by that name")
-    if str(error) == _LIMITED:
-        return Refusal(429, _LIMITED, retry_after=_RETRY_SECONDS)
-    if str(error) == _MAY_NOT:
+    if error.status == LIMITED:
+        return Refusal(429, str(error), retry_after=_RETRY_SECONDS)
+    if error.status == MAY_NOT:
         return Refusal(403)
     return Refusal(500, "the vault could not answer")

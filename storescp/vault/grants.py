@@ -19,7 +19,7 @@ from storage.pack import PackError
 from storage.query import LEVELS, Query, Scope
 from storage.selection import Selected, Selection
 from storescp import handover, peers
-from storescp.errors import NOTHING, StrongroomError
+from storescp.errors import LIMITED, MAY_NOT, NOTHING, StrongroomError
 from storescp.handover import Instance, Kind, Manifest
 from storescp.peers import Peer, Peers
 from storescp.vault.contents import Contents
@@ -27,8 +27,6 @@ from storescp.vault.limits import Limit, Seldom
 from storescp.vault.opened import Open
 from storescp.vault.state import Vault
 
-# Whatever asks for a thing that a peer may not have, and one that is not there, is answered alike.
-_MAY_NOT = "this peer may not do that"
 # What is asked for in one request; more is several requests.
 _KEYS_LIMIT = 10_000
 # What a peer or an operation that there is not is called in the chain: its own name is whatever somebody likes.
@@ -189,7 +187,8 @@ class Grants:
         if peer is None or not may(peer, operation):
             known = operation if operation in _OPERATIONS else _UNKNOWN
             self._tell("desk-refused", title if peer is not None else _UNKNOWN, known)
-            raise StrongroomError(_MAY_NOT)
+            # Alike for a peer that may not, and one that there is not.
+            raise StrongroomError("this peer may not do that", status=MAY_NOT)
         return peer
 
     def _tell(self, kind: str, peer: str, operation: str) -> None:
@@ -213,7 +212,9 @@ class Grants:
         self._tell("desk-limited", peer.ae_title, "find" if limit is self._queries else "get")
         self._vault.alerts.raise_("desk-volume", peer.ae_title)
         raise StrongroomError(
-            "this peer asks for more than it may in this time", hint="desk.queries_per_minute, desk.instances_per_hour"
+            "this peer asks for more than it may in this time",
+            hint="desk.queries_per_minute, desk.instances_per_hour",
+            status=LIMITED,
         )
 
 

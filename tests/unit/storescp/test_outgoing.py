@@ -24,8 +24,8 @@ from pynetdicom.presentation import PresentationContext
 from storescp import config as configuration
 from storescp import peers
 from storescp.config import Settings, Store
+from storescp.desk.models import MODELS
 from storescp.desk.outgoing import Outgoing, OutgoingError, proposals
-from storescp.desk.serving import MODELS
 from storescp.desk.transcode import TARGETS
 from storescp.desksettings import DeskSettings
 from storescp.gate import dimse, negotiate
