@@ -17,142 +17,17 @@ import msgspec
 
 from storage import attributes, selection
 from storage.attributes import Attributes
+from storage.indexschema import INSTANCE_COLUMNS, MIGRATIONS, SERIES_COLUMNS, STUDY_COLUMNS
 from storage.pack import Frame
 from storage.packfile import Record
 from storage.query import Query, Scope, answers
 from storage.query import statement as query_statement
 from storage.search import NAMES, Filters, fold, statement
 from storage.selection import Part, Selected, Selection
-from storage.sqlite import Database, Migrations, checkpoint, connect, copy, transaction
+from storage.sqlite import checkpoint, connect, copy, transaction
 from storage.studyfacts import ALL, ONE, StudyFacts, gather
 
-# Column of the index, tag of the data set.
-_STUDY = {
-    "patient_id": "00100020",
-    "patient_id_issuer": "00100021",
-    "patient_birth_date": "00100030",
-    "patient_sex": "00100040",
-    "study_date": "00080020",
-    "study_time": "00080030",
-    "accession": "00080050",
-    "study_id": "00200010",
-    "study_description": "00081030",
-}
-_SERIES = {
-    "modality": "00080060",
-    "series_number": "00200011",
-    "series_date": "00080021",
-    "series_time": "00080031",
-    "series_description": "0008103E",
-    "body_part": "00180015",
-    "station_name": "00081010",
-}
-_INSTANCE = {
-    "instance_number": "00200013",
-    "frames": "00280008",
-    "rows": "00280010",
-    "columns": "00280011",
-}
 _GROUPS = ("Alphabetic", "Ideographic", "Phonetic")
-
-_MIGRATIONS = Migrations("index")
-
-
-@_MIGRATIONS(name="1-tables")
-def _tables(db: Database) -> None:
-    text = dict.fromkeys
-    db.table("pack").create(
-        {"id": str, "place": str, "study": str, "admission": int, "scanned": int, "length": int},
-        pk="id",
-        strict=True,
-    )
-    db.table("pack").create_index(["admission"])
-    db.table("study").create(
-        {"uid": str, "patient_name": str, **text(NAMES, str), **text(_STUDY, str)}, pk="uid", strict=True
-    )
-    for column in ("patient_id", "name_alphabetic", "study_date", "accession"):
-        db.table("study").create_index([column])
-    db.table("series").create({"study": str, "uid": str, **text(_SERIES, str)}, pk=("study", "uid"), strict=True)
-    db.table("series").create_index(["uid"])
-    db.table("series").create_index(["modality"])
-    db.table("instance").create(
-        {
-            "id": int,
-            "pack": str,
-            "offset": int,
-            "object_id": str,
-            "dataset_length": int,
-            "attributes_length": int,
-            "state": str,
-            "reason": str,
-            "study": str,
-            "series": str,
-            "uid": str,
-            "sop_class": str,
-            "transfer_syntax": str,
-            **text(_INSTANCE, str),
-            "undecoded": int,
-            "received_at": str,
-            "association": str,
-            "calling": str,
-            "called": str,
-            "address": str,
-            "certificate": str,
-        },
-        pk="id",
-        foreign_keys=[("pack", "pack", "id")],
-        strict=True,
-    )
-    db.table("instance").create_index(["pack", "offset"], unique=True)
-    db.table("instance").create_index(["study", "series"])
-    db.table("instance").create_index(["calling", "received_at"])
-    db.table("instance").create_index(["uid"])
-    db.table("instance").create_index(["object_id"])
-    # One held instance a UID, whatever races: the database is the arbiter.
-    db.execute("CREATE UNIQUE INDEX one_held ON instance (uid) WHERE state = 'held'")
-    db.table("meta").create({"name": str, "value": str}, pk="name", strict=True)
-    db.table("unreadable").create(
-        {"pack": str, "offset": int, "reason": str, "found_at": str}, pk=("pack", "offset"), strict=True
-    )
-
-
-@_MIGRATIONS(name="2-moved")
-def _moved(db: Database) -> None:
-    # For readers that were told a pack's old name. It is no row of a pack's: filling anew leaves it.
-    db.table("moved").create({"old": str, "new": str}, pk="old", strict=True)
-
-
-@_MIGRATIONS(name="3-pack-study")
-def _pack_study(db: Database) -> None:
-    db.table("pack").create_index(["study"])
-
-
-@_MIGRATIONS(name="4-counting")
-def _counting(db: Database) -> None:
-    # The status counts, and must not read every row for it.
-    db.execute("CREATE INDEX held_series ON instance (study, series) WHERE state = 'held'")
-    db.execute("CREATE INDEX not_held ON instance (state) WHERE state <> 'held'")
-    db.execute("CREATE INDEX not_decoded ON instance (id) WHERE undecoded > 0")
-    # What it means changed: up to which admission.
-    db.execute("UPDATE meta SET value = '0' WHERE name = 'filling'")
-
-
-@_MIGRATIONS(name="5-waiting")
-def _waiting(db: Database) -> None:
-    # Asked at each look at what waits, and of each study that is to be erased: few packs of very many.
-    db.execute("CREATE INDEX waiting_pack ON pack (id) WHERE place = 'incoming'")
-
-
-@_MIGRATIONS(name="6-query")
-def _query(db: Database) -> None:
-    # Each takes the place of one that it begins with. Studies come out in their order without being sorted, patients
-    # are together, and what somebody sees of a study is counted without a look at the rows of instances.
-    db.execute("CREATE INDEX study_dated ON study (study_date, study_time, uid)")
-    db.execute("DROP INDEX idx_study_study_date")
-    db.execute("CREATE INDEX study_patient ON study (patient_id, patient_id_issuer)")
-    db.execute("DROP INDEX idx_study_patient_id")
-    db.execute("CREATE INDEX held_seen ON instance (study, series, calling, sop_class) WHERE state = 'held'")
-    db.execute("DROP INDEX held_series")
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -194,7 +69,7 @@ class Index:
     def __init__(self, path: Path, key: tuple[bytes, bytes], *, migrate: bool = False) -> None:
         self._db = connect(path, key)
         if migrate:
-            _MIGRATIONS.apply(self._db)
+            MIGRATIONS.apply(self._db)
 
     def copy(self, path: Path, key: tuple[bytes, bytes]) -> None:
         """Copy the index to another file under another key."""
@@ -470,10 +345,10 @@ class Index:
                 study,
                 "=".join(name.get(g, "") for g in _GROUPS).rstrip("="),
                 *(fold(name.get(g, "")) for g in _GROUPS),
-                *_columns(found, _STUDY),
+                *_columns(found, STUDY_COLUMNS),
             ],
         )
-        self._db.execute(_INSERT_SERIES, [study, found.text(attributes.SERIES), *_columns(found, _SERIES)])
+        self._db.execute(_INSERT_SERIES, [study, found.text(attributes.SERIES), *_columns(found, SERIES_COLUMNS)])
         if found.text("00100020"):
             self._db.execute(_NAME_PATIENT, [found.text("00100020"), found.text("00100021"), study])
 
@@ -571,7 +446,7 @@ def _instance(pack_id: str, row: Row) -> list[str | int]:
         found.text(attributes.SOP_INSTANCE),
         found.text(attributes.SOP_CLASS),
         found.transfer_syntax,
-        *_columns(found, _INSTANCE),
+        *_columns(found, INSTANCE_COLUMNS),
         len(found.undecoded),
         received.at,
         received.association,
@@ -592,14 +467,15 @@ def _insert(table: str, *columns: str) -> str:
     return f"INSERT OR IGNORE INTO {table} ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608
 
 
-_INSERT_STUDY = _insert("study", "uid", "patient_name", *NAMES, *_STUDY)
+_INSERT_STUDY = _insert("study", "uid", "patient_name", *NAMES, *STUDY_COLUMNS)
 # Where the first instance named no patient, another one does: a hold on a patient must find the study.
 _NAME_PATIENT = "UPDATE study SET patient_id = ?, patient_id_issuer = ? WHERE uid = ? AND patient_id = ''"
-_INSERT_SERIES = _insert("series", "study", "uid", *_SERIES)
+_INSERT_SERIES = _insert("series", "study", "uid", *SERIES_COLUMNS)
 _INSERT_INSTANCE = _insert(
     "instance",
     *("pack", '"offset"', "object_id", "dataset_length", "attributes_length", "state", "reason"),
-    *("study", "series", "uid", "sop_class", "transfer_syntax", *(f'"{column}"' for column in _INSTANCE), "undecoded"),
+    *("study", "series", "uid", "sop_class", "transfer_syntax"),
+    *(*(f'"{column}"' for column in INSTANCE_COLUMNS), "undecoded"),
     *("received_at", "association", "calling", "called", "address", "certificate"),
 )
 

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import attributes, index
+from storage import attributes, indexschema
 from storage.attributes import Attributes, Element, Received
 from storage.index import Index, Row
 from storage.matching import TEXT_LIMIT, VALUES_LIMIT
 from storage.pack import PAGE, Frame
 from storage.packfile import Record
 from storage.query import COMBINED_DATETIME, FUZZY, LEVELS, SUPPORTED, Query, QueryError, Scope, statement
+from storage.search import Filters
 from storage.sqlite import Database, connect
 
 KEY = (bytes(range(32)), bytes(range(16)))
@@ -720,7 +721,7 @@ def test_fuzzy_matching_changes_nothing(store: Store) -> None:
 
 def test_an_index_of_an_earlier_release_is_queried_after_its_migration(tmp_path: Path) -> None:
     old = connect(tmp_path / "index.db", KEY)
-    index._MIGRATIONS.apply(old, stop_before="6-query")
+    indexschema.MIGRATIONS.apply(old, stop_before="6-query")
     names = set(_indexes(old))
     assert "held_series" in names
     old.conn.close()
@@ -728,7 +729,7 @@ def test_an_index_of_an_earlier_release_is_queried_after_its_migration(tmp_path:
     store.put(study("1.1", T00100010="Doe^Jane"))
     assert store.find("STUDY", NAME, "doe") == ["1.1"]
     assert len(set(_indexes(store.index._db))) == len(names)
-    assert [row["study"] for row in store.index.search("study", index.Filters(patient_name="doe"))] == ["1.1"]
+    assert [row["study"] for row in store.index.search("study", Filters(patient_name="doe"))] == ["1.1"]
     store.index.close()
 
 
