@@ -157,6 +157,8 @@ def test_a_damaged_pack_fails_its_export_and_no_other(server: Server) -> None:
 def test_a_zeroed_frame_hides_no_good_record_behind_it(make_server: Callable[..., Server], tmp_path: Path) -> None:
     server = make_server()
     server.init()
+    # Associations of one worker share a pack.
+    server.set("gate", workers=1)
     server.add_peer("CT1")
     server.start("gate")
     files = [CT, *(changed(CT, tmp_path, SOPInstanceUID=f"1.2.3.{n}") for n in range(2))]
@@ -176,6 +178,8 @@ def test_what_stands_between_records_is_not_carried_into_the_archive(
 ) -> None:
     server = make_server()
     server.init()
+    # Associations of one worker share a pack.
+    server.set("gate", workers=1)
     server.add_peer("CT1")
     server.start("gate")
     files = [CT, changed(CT, tmp_path, SOPInstanceUID="1.2.3.4")]

@@ -86,8 +86,9 @@ def test_a_re_encryption_that_ends_at_any_of_its_steps_goes_on(
     print(f"{len(points)} points: {dict(Counter(steps))}")
     locked(house)
     for at, after in points if EVERY else random.Random(SEED).sample(points, 10):
-        done = run(at, after=after)
-        assert len(done) == at
+        # The folder of a pack that is made may be there already, by its random name, which saves a sync.
+        while len(done := run(at, after=after)) < at:
+            assert at - len(done) <= steps.count("finish")
         said = (at, after, done[-1])
         assert contents(house) == before, said
         clean(house)

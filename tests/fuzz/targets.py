@@ -109,6 +109,14 @@ def silence() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def desk() -> Iterator[None]:
+    """Set pydicom as the desk does. Its warnings are off there, for all of the process (``storescp/log.py``)."""
+    with warnings.catch_warnings(), disable_value_validation():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def divisions(data: bytes) -> Iterator[list[bytes]]:
     """Yield ways to cut an input, always the same for the same bytes: byte by byte, and anywhere, empty pieces too."""
     start, end = data[:_BYTEWISE], data[_BYTEWISE:][-_BYTEWISE:]
@@ -584,6 +592,7 @@ def _messages(parts: Iterable[bytes]) -> tuple[list[Message], str, bytes]:
         return [], "broken off", b""
 
 
+@desk()
 def identifier(data: bytes) -> None:
     """Any bytes are an identifier whose query can be stated and answered, or an IdentifierError."""
     for syntax in ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"):
@@ -605,9 +614,7 @@ def identifier(data: bytes) -> None:
             row = {tag: ["1.2", "\u00e9"] for tag in query.match}
             content = identifiers.answer(row, query, "ROOM", syntax)
             encoding = ENCODINGS[syntax]
-            with warnings.catch_warnings(), disable_value_validation():
-                warnings.simplefilter("ignore")
-                answer = read_dataset(io.BytesIO(content), encoding.implicit, encoding.little_endian)
+            answer = read_dataset(io.BytesIO(content), encoding.implicit, encoding.little_endian)
             told = {f"{int(tag):08X}" for tag in answer.keys()}  # noqa: SIM118
             promise(told >= set(query.match), "a key is not answered")
 
