@@ -100,7 +100,7 @@ class Filling:
         self._keys_db = KeysDatabase(config.keys_db, migrate=True)
         self._index = Index(config.index(self._version.version), self._version.index_key(), migrate=True)
         self._batches = _Batched(self._keys_db._db), _Batched(self._index._db)
-        self._archive = Archive(config.store_path, config.incoming)
+        self._archive = Archive(config.store_path, *config.inboxes)
         self._describer = Describer()
         self._called = config.settings.gate.ae_title
         self.bytes = 0

@@ -25,10 +25,16 @@ CONSTANT_TIME = (946_684_800, 946_684_800)
 
 
 class Archive:
-    """The folders of packs: ``incoming/`` (the gate's), ``objects/``, ``quarantine/``, ``admitting/``."""
+    """The folders of packs: of deposits (the gate's, the desk's), ``objects/``, ``quarantine/``, ``admitting/``."""
 
-    def __init__(self, root: Path, incoming: Path) -> None:
-        self.incoming = incoming
+    def __init__(self, root: Path, *inboxes: Path) -> None:
+        """Name the folders.
+
+        Args:
+            root: The store's.
+            inboxes: Where deposits lie; one that is not there has none.
+        """
+        self.inboxes = inboxes
         self._objects = root / "objects"
         self._quarantine = root / "quarantine"
         # Copies under way; what lies here at a start is of no use to anybody.
@@ -43,24 +49,42 @@ class Archive:
 
     def one_file_system(self) -> bool:
         """Tell whether a deposit can be renamed into the archive."""
-        return self.incoming.stat().st_dev == self._objects.stat().st_dev
+        here = self._objects.stat().st_dev
+        return all(inbox.stat().st_dev == here for inbox in self.inboxes if inbox.exists())
 
     # --- what is where
 
     def deposits(self) -> list[Path]:
-        """Return the deposits that lie in ``incoming/``, those that were written to longest ago first."""
+        """Return the deposits that there are, those that were written to longest ago first."""
         found = []
-        with os.scandir(self.incoming) as entries:
-            for entry in entries:
-                if _is_pack_name(entry.name):
-                    with contextlib.suppress(FileNotFoundError):
-                        found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path))
+        for entry in self._entries():
+            if _is_pack_name(entry.name):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path))
         return [Path(path) for _, path in sorted(found)]
 
     def unfinished(self) -> list[Path]:
-        """Return what lies in ``incoming/`` under another name than a pack's: packs in the making, or never."""
-        with os.scandir(self.incoming) as entries:
-            return [Path(e.path) for e in entries if not _is_pack_name(e.name) and not e.name.endswith(events.SUFFIX)]
+        """Return what lies beside deposits under another name than a pack's: packs in the making, or never."""
+        return [
+            Path(e.path) for e in self._entries() if not _is_pack_name(e.name) and not e.name.endswith(events.SUFFIX)
+        ]
+
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        first, *others = self.inboxes
+        with os.scandir(first) as entries:
+            yield from entries
+        for inbox in others:
+            # Whoever stores nothing by another way has no folder for it.
+            with contextlib.suppress(FileNotFoundError), os.scandir(inbox) as entries:
+                yield from entries
+
+    def waiting(self, name: str) -> list[Path]:
+        """Return the deposits, or what became of them, of a name: one, unless two who deposit took the same."""
+        return [path for path in (inbox / name for inbox in self.inboxes) if path.exists()]
+
+    def is_deposit(self, path: Path) -> bool:
+        """Tell whether a path is one of a deposit."""
+        return path.parent in self.inboxes
 
     def is_locked(self, path: Path) -> bool:
         """Tell whether somebody holds a file's lock: a gate still makes it, or keeps it for later."""
@@ -84,8 +108,8 @@ class Archive:
 
     def find(self, pack_id: str) -> Path | None:
         """Return where a pack is now, or None."""
-        places = (self.path(pack_id), self.quarantine_path(pack_id), self.incoming / pack_id)
-        return next((p for p in places if p.exists()), None)
+        places = (self.path(pack_id), self.quarantine_path(pack_id))
+        return next((p for p in places if p.exists()), None) or next(iter(self.waiting(pack_id)), None)
 
     def quarantine_files(self) -> list[Path]:
         """Return the files in quarantine."""
@@ -199,12 +223,12 @@ class Archive:
         _seal_file(file.descriptor)
         os.rename(file.path, target)
         encoding.sync_folder(target.parent)
-        encoding.sync_folder(self.incoming)
+        encoding.sync_folder(file.path.parent)
 
     def remove_deposit(self, path: Path) -> None:
         """Remove a deposit that is accounted for."""
         os.unlink(path)
-        encoding.sync_folder(self.incoming)
+        encoding.sync_folder(path.parent)
 
     def keep_raw(self, deposit: Path, pack_id: str) -> None:
         """Keep what cannot be admitted in quarantine byte for byte; of a sparse file no more than it has."""

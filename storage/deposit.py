@@ -1,6 +1,6 @@
-"""The gate's side of storage: study keys made here, packs appended to in ``incoming/``, one sync an object.
+"""The receiving side of storage: study keys made here, packs appended to, one sync an object.
 
-A gate holds the study keys of its open packs and nothing else that opens anything.
+A gate, or the desk where it stores, holds the study keys of its open packs and nothing else that opens anything.
 Source: docs/format.md, section 2; docs/design.md, "From socket to archive".
 """
 
@@ -162,7 +162,7 @@ class Deposits:
         """
         self._keys.current()
         if not os.access(self._incoming, os.W_OK | os.X_OK):
-            raise DepositError("the folder 'incoming' is missing or cannot be written")
+            raise DepositError(f"the folder '{self._incoming.name}' is missing or cannot be written")
 
     def begin(self, study: str, peer: str) -> Record:
         """Begin a record in a pack of its study that is open and free, or in a new one.

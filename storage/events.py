@@ -34,7 +34,7 @@ def deposit(folder: Path, store_id: bytes, keys: Keys, content: bytes) -> None:
     """Write events durably: when this returns, they are the vault's.
 
     Args:
-        folder: ``incoming/``.
+        folder: Where deposits go.
         store_id: 16 bytes.
         keys: Where the deposit key comes from.
         content: At most ``CONTENT_LIMIT`` bytes.
@@ -61,15 +61,16 @@ def deposit(folder: Path, store_id: bytes, keys: Keys, content: bytes) -> None:
         raise
 
 
-def found(folder: Path) -> list[Path]:
-    """Return the files of events in a folder, the oldest first."""
+def found(first: Path, *others: Path) -> list[Path]:
+    """Return the files of events in folders, the oldest first; only the first one must be there."""
     mine = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.endswith(SUFFIX):
-                # Whoever writes the folder could remove it again in this moment.
-                with contextlib.suppress(FileNotFoundError):
-                    mine.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path))
+    for folder in (first, *(folder for folder in others if folder.exists())):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIX):
+                    # Whoever writes the folder could remove it again in this moment.
+                    with contextlib.suppress(FileNotFoundError):
+                        mine.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path))
     return [Path(path) for _, path in sorted(mine)]
 
 
@@ -80,7 +81,7 @@ def read(path: Path, store_id: bytes, version: Callable[[int], Version], owner: 
         path: The file.
         store_id: 16 bytes.
         version: Returns a key version; what it raises passes through.
-        owner: The gate's user, whose file it must be.
+        owner: The user who deposits there, whose file it must be.
 
     Raises:
         EventsError: It is malformed, another's, or does not open.
@@ -92,7 +93,7 @@ def read(path: Path, store_id: bytes, version: Callable[[int], Version], owner: 
     with direct.opened(path) as descriptor:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode) or about.st_uid != owner or about.st_size > _FILE_LIMIT:
-            raise EventsError("it is no regular file of the gate's user, or is too large")
+            raise EventsError("it is no regular file of the user who deposits there, or is too large")
         content = direct.Pages(descriptor).read(0, about.st_size)
     try:
         header = pack.parse_header(content[: pack.PAGE])

@@ -146,7 +146,8 @@ EXPLAINED = {
     "store.path": "Admitted packs, keyring, keys.db and index. Part of every backup.",
     "store.anchors": "The anchors of the key versions. Outside every backup:\n"
     "destroying one is what proves a version gone.",
-    "store.spool": "incoming/ (the gate writes deposits here) and public/ (the deposit keys that it uses).",
+    "store.spool": "incoming/ (the gate writes deposits here), incoming-desk/ (the desk does) and public/\n"
+    "(the deposit keys that they use).",
     "store.signing_key": "The store's public signing key. A gate takes no deposit key that it did not sign.",
     "store.reserve_bytes": "Free space that receiving never uses, in bytes, of incoming/ and of the archive apart:\n"
     "C-STORE is answered A700 before. Admission may use three quarters of it; the rest is left for erasures.",
@@ -231,6 +232,9 @@ class Config:
         self.lock = self.store_path / "lock"
         self.anchors = self._path(settings.store.anchors)
         self.incoming = self._path(settings.store.spool) / "incoming"
+        # Who stores by DICOMweb deposits with the desk, which is another user than the gate.
+        self.desk_incoming = self._path(settings.store.spool) / "incoming-desk"
+        self.inboxes = (self.incoming, self.desk_incoming)
         self.public = self._path(settings.store.spool) / "public"
         # The vault writes the outbox; who sends what is in it writes the folder beside it alone.
         self.outbox = self._path(settings.store.spool) / "outbox"

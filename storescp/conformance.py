@@ -19,7 +19,7 @@ from storescp.config import Config, parse_address
 from storescp.gate import status
 from storescp.gate.incoming import HEAD_BUFFER_LIMIT
 from storescp.gate.negotiate import may_use
-from storescp.gate.status import Reason
+from storescp.gate.status import OF_THE_WEB, Reason
 from storescp.gate.tls import strict_context
 from storescp.gate.transfer import ENCODINGS, STORAGE_CLASSES, VERIFICATION
 from storescp.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
@@ -379,7 +379,9 @@ def _network(config: Config, known: Sequence[Peer]) -> str:
         [transient, presentation, "2 local limit exceeded", "the peer has as many associations as it may"],
     ]
     answers = [["Success", f"`{status.SUCCESS:04X}`", "the instance is sealed and durable"]]
-    answers += [[_kind(reason), f"`{reason.status:04X}`", reason.comment] for reason in Reason]
+    answers += [
+        [_kind(reason), f"`{reason.status:04X}`", reason.comment] for reason in Reason if reason not in OF_THE_WEB
+    ]
     answers.sort(key=lambda row: row[1] != f"`{status.SUCCESS:04X}`")
     return f"""## 7 Network and media communication details
 

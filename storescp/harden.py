@@ -70,7 +70,14 @@ def check_vault(config: Config) -> None:
     Raises:
         StrongroomError: With every place that is wrong, and how to mend it.
     """
-    _raise(vault_faults(config, os.geteuid()), "vault")
+    faults = vault_faults(config, os.geteuid())
+    wanted = os.R_OK | os.W_OK | os.X_OK
+    faults += [
+        f"the vault cannot read and write {inbox}: make it its group's, with the set-group-ID bit"
+        for inbox in config.inboxes
+        if inbox.exists() and not os.access(inbox, wanted)
+    ]
+    _raise(faults, "vault")
 
 
 def vault_faults(config: Config, own: int) -> list[str]:
@@ -85,6 +92,7 @@ def vault_faults(config: Config, own: int) -> list[str]:
         *_private(config.anchors, own),
         *_private(config.keyring, own),
         *_not_for_all(config.incoming),
+        *(_not_for_all(config.desk_incoming) if config.desk_incoming.exists() else ()),
         *_not_for_all(config.public),
     ]
     if config.settings.gate.user:

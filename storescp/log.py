@@ -28,7 +28,7 @@ def set_up(process: str, form: str, level: str) -> None:
     # What libraries warn of holds values of data sets, and goes past the log.
     warnings.simplefilter("ignore")
     # They would log what peers send, patient data included.
-    for name in ("pynetdicom", "pydicom", "PIL"):
+    for name in ("pynetdicom", "pydicom", "PIL", "python_multipart"):
         logging.getLogger(name).disabled = True
         logging.getLogger(name).propagate = False
 

@@ -1,4 +1,4 @@
-"""Free space: watched for ``incoming/`` and the archive apart, with a reserve that receiving never uses."""
+"""Free space: watched for a folder of deposits and the archive apart, with a reserve that receiving never uses."""
 
 from __future__ import annotations
 
@@ -25,10 +25,17 @@ def archive_has_room(config: Config, count: int) -> bool:
 
 
 class Watch:
-    """What a gate may still receive: measured each tick, and counted down in between as objects arrive."""
+    """What may still be received: measured each tick, and counted down in between as objects arrive."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, inbox: Path) -> None:
+        """Measure for the first time.
+
+        Args:
+            config: The configuration.
+            inbox: The folder of the deposits that are watched.
+        """
         self._config = config
+        self._inbox = inbox
         self._reserve = config.settings.store.reserve_bytes
         self._room = 0
         self._taken = 0
@@ -43,8 +50,8 @@ class Watch:
         config = self._config
         self._taken = 0
         waiting = 0
-        if config.incoming.stat().st_dev != os.stat(config.store_path).st_dev or config.settings.gate.user:
-            with os.scandir(config.incoming) as entries:
+        if self._inbox.stat().st_dev != os.stat(config.store_path).st_dev or config.settings.gate.user:
+            with os.scandir(self._inbox) as entries:
                 for entry in entries:
                     # What is prepared for packs to come is not waiting for the archive; what is gone was admitted.
                     if not entry.name.endswith(".new"):
@@ -71,8 +78,8 @@ class Watch:
 
     def shortage(self) -> str:
         """Return why nothing more may be received now, empty if it may."""
-        if free(self._config.incoming) < self._reserve:
-            return "incoming has less free space than store.reserve_bytes"
+        if free(self._inbox) < self._reserve:
+            return f"{self._inbox.name} has less free space than store.reserve_bytes"
         if self._room < 0:
             return "the archive has less free space than store.reserve_bytes and what waits for admission"
         return ""

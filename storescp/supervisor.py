@@ -84,12 +84,14 @@ def _errands(config: Config, users: tuple[int | None, str | None]) -> list[Child
 
 
 def _desk(config: Config, users: tuple[int | None, str | None]) -> Child:
-    """Return the desk, and make the folder of the vault's socket for it where they are different users.
+    """Return the desk, and make the folders that it needs: of what it deposits, of the vault's socket for it.
 
     Raises:
         StrongroomError: Gate and vault are two users, and the desk has none of its own.
     """
     vault, gate = users
+    # A store that an older release made has none.
+    config.desk_incoming.mkdir(mode=0o700, exist_ok=True)
     if vault is None or gate is None:
         return Child(config, "desk", ["desk"])
     name = config.settings.desk.user
@@ -100,7 +102,7 @@ def _desk(config: Config, users: tuple[int | None, str | None]) -> Child:
             status=USAGE,
         )
     try:
-        group = pwd.getpwnam(name).pw_gid
+        desk, group = pwd.getpwnam(name)[2:4]
     except KeyError as error:
         raise StrongroomError(f"desk.user: there is no user {name} on this machine", status=USAGE) from error
     folder = config.desk_socket.parent
@@ -108,6 +110,9 @@ def _desk(config: Config, users: tuple[int | None, str | None]) -> Child:
     os.chown(folder, vault, group)
     # What the vault makes in it is the desk's group's.
     folder.chmod(0o2750)
+    # As the gate's: what is deposited is the vault's group's.
+    os.chown(config.desk_incoming, desk, pwd.getpwuid(vault).pw_gid, follow_symlinks=False)
+    config.desk_incoming.chmod(0o2770)
     # It shows the gate's certificate, unless it has one of its own.
     return Child(config, "desk", ["desk"], user=name, groups=[] if config.settings.desk.private_key else [gate])
 

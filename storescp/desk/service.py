@@ -1,4 +1,4 @@
-"""The desk's process: listens, knows the peers, hands each connection to a thread; has no key of the store."""
+"""The desk's process: listens, knows the peers, hands each connection to a thread; has no key that opens anything."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from storage.deposit import DepositError
 from storescp import notify, peers
 from storescp.config import Config, parse_address
 from storescp.desk.asking import Asking
@@ -20,6 +21,7 @@ from storescp.desk.identifiers import lenient
 from storescp.desk.outgoing import Outgoing
 from storescp.desk.serving import Serving
 from storescp.desk.session import Session, Tools
+from storescp.desk.storing import Storing
 from storescp.errors import StrongroomError
 from storescp.gate import listeners
 from storescp.gate.connection import Connections, Policy
@@ -52,7 +54,7 @@ def run(config: Config) -> None:
     stop.on(signal.SIGTERM, signal.SIGINT)
     try:
         desk = _Desk(config)
-    except (PeerError, CrlError, OSError) as error:
+    except (PeerError, CrlError, DepositError, OSError) as error:
         raise StrongroomError(f"the desk cannot start: {error}") from error
     signal.signal(signal.SIGHUP, lambda *_: desk.again())
     desk.start()
@@ -84,6 +86,7 @@ class _Desk:
         self._connections: Connections[Session] = Connections(self._policy, self._serving)
         self._asking = asking
         self._web: Web | None = None
+        self._storing = Storing(config) if self._settings.web else None
         self._room = threading.BoundedSemaphore(self._settings.maximum_associations)
         self._count = 0
         self._again = False
@@ -100,10 +103,10 @@ class _Desk:
                 self._listening.append(listeners.bind(*parse_address(text)))
         except OSError as error:
             raise StrongroomError(f"the desk cannot listen on {text}: {error.strerror}") from error
-        if self._settings.web:
+        if self._storing is not None:
             from storescp.desk.web import Web
 
-            self._web = Web(self._config, lambda: self._policy, self._asking)
+            self._web = Web(self._config, lambda: self._policy, self._asking, self._storing)
             self._web.start()
         if self._listening:
             threading.Thread(target=self._accept, daemon=True, name="accept").start()
@@ -117,8 +120,10 @@ class _Desk:
         self._again = True
 
     def look(self) -> None:
-        """Enforce time limits; read peers and certificates again where they changed."""
+        """Enforce time limits, look after open packs; read peers and certificates again where they changed."""
         self._connections.enforce()
+        if self._storing is not None:
+            self._storing.look()
         stamp = self._files()
         if stamp == self._stamp and not self._again:
             return
@@ -136,9 +141,13 @@ class _Desk:
         self._stopping.set()
         for sock in self._listening:
             sock.close()
+        if self._storing is not None:
+            self._storing.stopping()
         if self._web is not None:
             self._web.stop(_DRAIN_SECONDS)
         self._connections.drain(_DRAIN_SECONDS)
+        if self._storing is not None:
+            self._storing.stop()
 
     def _report(self) -> None:
         while not self._stopping.wait(_REPORT_SECONDS):

@@ -1,4 +1,4 @@
-"""DICOMweb over HTTPS with client certificates: QIDO-RS and WADO-RS, each request decided by the vault.
+"""DICOMweb over HTTPS with client certificates: QIDO-RS and WADO-RS, each request decided by the vault; STOW-RS.
 
 A server of its own loop in a thread of the desk's process. Source: PS3.18.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from storescp.config import Config, parse_address
 from storescp.desk.asking import Asking
+from storescp.desk.storing import Storing
 from storescp.desk.web_app import application
 from storescp.desk.web_search import PREFIX
 from storescp.desk.web_server import Server, run
@@ -27,17 +28,18 @@ log = logging.getLogger(__name__)
 class Web:
     """The desk's web server."""
 
-    def __init__(self, config: Config, policy: Callable[[], Policy], asking: Asking) -> None:
+    def __init__(self, config: Config, policy: Callable[[], Policy], asking: Asking, storing: Storing) -> None:
         """Prepare.
 
         Args:
             config: The configuration; ``desk.web`` says where to listen.
             policy: Returns what connections and requests are judged by at this moment.
             asking: The way to the vault.
+            storing: Where what is stored goes.
         """
         self._settings = config.settings.desk
         self._policy = policy
-        self._app = application(config, policy, asking)
+        self._app = application(config, policy, asking, storing)
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
         self.addresses: list[str] = []

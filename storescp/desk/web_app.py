@@ -18,12 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from storescp.config import Config
 from storescp.desk.asking import Asking, AskingError
+from storescp.desk.storing import Storing
 from storescp.desk.web_errors import Refusal, refusal
 from storescp.desk.web_peer import asking as peer_asking
-from storescp.desk.web_peer import may_read
+from storescp.desk.web_peer import may_read, may_store
 from storescp.desk.web_retrieve import Retrieving
 from storescp.desk.web_search import PREFIX, Searching
 from storescp.desk.web_server import HEAD_BYTES, Wire
+from storescp.desk.web_store import WebStore
 from storescp.desk.web_stream import BrokenOffError, Told
 from storescp.desk.web_viewer import Viewer
 from storescp.gate.connection import Policy
@@ -45,12 +47,13 @@ _INSTANCE = _SERIES + "/instances/{instance}"
 log = logging.getLogger(__name__)
 
 
-def application(config: Config, policy: Callable[[], Policy], asking: Asking) -> ASGIApp:
+def application(config: Config, policy: Callable[[], Policy], asking: Asking, storing: Storing) -> ASGIApp:
     """Return the whole application."""
-    return Front(policy, _router(config, asking))
+    return Front(policy, _router(config, asking, storing))
 
 
-def _router(config: Config, asking: Asking) -> ASGIApp:
+def _router(config: Config, asking: Asking, storing: Storing) -> ASGIApp:
+    store = WebStore(config, storing).store
     searching = Searching(asking, config.settings.desk.maximum_associations)
     retrieving = Retrieving(asking, config.settings.desk.maximum_associations)
     routes = [
@@ -60,8 +63,8 @@ def _router(config: Config, asking: Asking) -> ASGIApp:
         Route(PREFIX + _STUDY + "/series", searching.series, methods=["GET"]),
         Route(PREFIX + _STUDY + "/instances", searching.instances, methods=["GET"]),
         Route(PREFIX + _SERIES + "/instances", searching.instances, methods=["GET"]),
-        Route(PREFIX + "/studies", _no_store, methods=["POST"]),
-        Route(PREFIX + _STUDY, _no_store, methods=["POST"]),
+        Route(PREFIX + "/studies", store, methods=["POST"]),
+        Route(PREFIX + _STUDY, store, methods=["POST"]),
         Route(PREFIX + _INSTANCE + "/frames/{frames}/rendered", retrieving.rendered, methods=["GET"]),
         Route(PREFIX + _INSTANCE + "/frames/{frames}", retrieving.frames, methods=["GET"]),
         Route(PREFIX + _INSTANCE + "/rendered", retrieving.rendered, methods=["GET"]),
@@ -84,11 +87,6 @@ async def _nowhere(request: Request) -> Response:
     raise Refusal(404)
 
 
-async def _no_store(request: Request) -> Response:
-    request.state.told.kind = "store"
-    raise Refusal(501, "storing by DICOMweb (STOW-RS) is not served here; send instances by C-STORE to the gate")
-
-
 class Front:
     """Lets in whom the policy knows, and answers what goes wrong."""
 
@@ -107,7 +105,8 @@ class Front:
                 raise Refusal(403, connection="close")
             peer_title = peer.ae_title
             scope["state"] |= {"peer": peer, "told": told, "origin": self._checked(scope)}
-            if not may_read(peer):
+            scope["state"] |= {"address": wire.address, "fingerprint": wire.fingerprint}
+            if not (may_store(peer) if scope["method"] == "POST" else may_read(peer)):
                 raise Refusal(403)
             await self._inner(scope, receive, answering)
         except (Refusal, AskingError) as error:
@@ -157,7 +156,7 @@ class Front:
             return
         headers = {name.replace("_", "-"): value for name, value in refused.headers.items()}
         if scope["method"] == "POST":
-            # Whatever it brings is not read.
+            # What it brings is not read, or no further.
             headers["connection"] = "close"
         await PlainTextResponse(refused.text, refused.status, headers)(scope, _nothing, answering)
 

@@ -37,6 +37,11 @@ def asking(policy: Policy, chain: list[x509.Certificate], address: str, now: dat
     return None
 
 
+def may_store(peer: Peer) -> bool:
+    """Tell whether a peer may store."""
+    return not peer.roles.isdisjoint({"sender", "admin"})
+
+
 def may_read(peer: Peer) -> bool:
     """Tell whether a peer may find and fetch. The vault decides it, too."""
     return not peer.roles.isdisjoint({"reader", "admin"})

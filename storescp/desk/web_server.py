@@ -16,6 +16,7 @@ from typing import Any
 
 import uvicorn
 from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from storescp.gate import listeners, tls
@@ -39,6 +40,7 @@ class Wire:
         self.address = address
         found = transport.get_extra_info("ssl_object")
         self.chain: list[x509.Certificate] = tls.verified_chain(found) if found is not None else []
+        self.fingerprint = self.chain[0].fingerprint(SHA256()).hex() if self.chain else ""
 
     @property
     def is_lost(self) -> bool:

@@ -1,4 +1,4 @@
-"""One C-STORE's data set on its way from fragments into a pack; what goes wrong becomes a refusal of one table."""
+"""One object's data set on its way from fragments into a pack; what goes wrong becomes a refusal of one table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Incoming:
-    """One C-STORE's data set on its way into a pack. ``end`` returns only when it is durable, or raises why not."""
+    """One object's data set on its way into a pack. ``end`` returns only when it is durable, or raises why not."""
 
     def __init__(
         self,
@@ -40,7 +40,20 @@ class Incoming:
         deposits: Deposits,
         describer: Describer,
         space: Watch,
+        within: str = "",
     ) -> None:
+        """Begin.
+
+        Args:
+            command: What the sender says that it is.
+            context: How it is encoded.
+            origin: Where it comes from.
+            deposits: Where it goes.
+            describer: Of the objects of this origin.
+            space: Whether there is room for it.
+            within: The Study Instance UID that it must have; empty for any.
+        """
+        self._within = within
         self._space = space
         self._checked = 0
         self._command = command
@@ -54,7 +67,7 @@ class Incoming:
         self._record: Record | None = None
         self._reason: Reason | None = None
         self.object_id = ""
-        self.study = ""
+        self.study = self.series = ""
         self.size = 0
         if command.sop_class != context.abstract_syntax:
             self._reason = Reason.SOP_CLASS
@@ -117,9 +130,11 @@ class Incoming:
         found = (uid(values, _SOP_CLASS), uid(values, _SOP_INSTANCE))
         if found != (self._command.sop_class, self._command.sop_instance):
             raise RefusedError(Reason.MISMATCH)
+        if self._within not in {"", study}:
+            raise RefusedError(Reason.OTHER_STUDY)
         self._record = self._deposits.begin(study, self._origin.calling)
         self.object_id = self._record.object_id.hex()
-        self.study = study
+        self.study, self.series = study, series
         self._record.write(memoryview(self._before))
         self._before = bytearray()
         return self._record

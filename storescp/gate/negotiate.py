@@ -263,8 +263,13 @@ def may_use(peer: Peer, abstract: str) -> bool:
     """Tell whether a peer may use an abstract syntax: all that is offered to it, and nothing else."""
     if abstract == VERIFICATION:
         return "echo" in peer.operations
-    may_store = abstract in (peer.sop_classes & STORAGE_CLASSES if peer.sop_classes else STORAGE_CLASSES)
-    return "store" in peer.operations and (may_store or abstract in peer.private_sop_classes)
+    return "store" in peer.operations and may_hold(peer, abstract)
+
+
+def may_hold(peer: Peer, sop_class: str) -> bool:
+    """Tell whether objects of a SOP class are taken from a peer, by whatever way it may store."""
+    known = sop_class in (peer.sop_classes & STORAGE_CLASSES if peer.sop_classes else STORAGE_CLASSES)
+    return known or sop_class in peer.private_sop_classes
 
 
 def _roles(request: A_ASSOCIATE, offer: Offer) -> dict[str, SCP_SCU_RoleSelectionNegotiation]:

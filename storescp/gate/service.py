@@ -112,7 +112,7 @@ class _Gate:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._settings: Gate = config.settings.gate
-        self._watch = space.Watch(config)
+        self._watch = space.Watch(config, config.incoming)
         self._selector = selectors.DefaultSelector()
         self._workers = [_Worker(config, number + 1) for number in range(self._settings.worker_count())]
         self._count = 0

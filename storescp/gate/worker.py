@@ -71,7 +71,7 @@ def run(config: Config, gate: socket.socket, *, replaces: bool) -> None:
     meter = Meter(wanted=bool(config.settings.metrics.listen))
     try:
         deposits.check()
-        watch = space.Watch(config)
+        watch = space.Watch(config, config.incoming)
         policy = _policy(config, lenient=replaces)
         reception = Reception(
             Resources(settings, deposits, watch, allowances, meter, journal), commits=config.settings.desk.runs

@@ -1,7 +1,7 @@
-"""Admission: what lies in ``incoming/`` becomes archived packs and index rows; each step can be done again.
+"""Admission: deposits become archived packs and index rows; each step can be done again.
 
-Here is the sweep over the folder: what a name stands for, what is closed, what is listed while it is still open, what
-has to wait. One closed deposit is ``vault.intake``'s; what is recorded is filed by ``vault.filing``.
+Here is the sweep over the folders of deposits: what a name stands for, what is closed, what is listed while it is still
+open, what has to wait. One closed deposit is ``vault.intake``'s; what is recorded is filed by ``vault.filing``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from keys.anchors import AnchorError
@@ -67,7 +67,7 @@ class Admission:
         index: Index,
         ledger: Ledger,
         *,
-        gate_uid: int,
+        owners: Mapping[Path, int],
         room: Callable[[int], bool],
         retired: Retired,
         quarantine_resent: bool,
@@ -80,7 +80,7 @@ class Admission:
             keys_db: Of the admitting thread alone.
             index: Of the admitting thread alone.
             ledger: Of the admitting thread alone.
-            gate_uid: Whose deposits are taken.
+            owners: Whose deposits are taken out of which folder.
             room: Tells whether the archive has room for so many bytes more.
             retired: What came too late.
             quarantine_resent: Whether somebody is to decide about an erased study that is sent again.
@@ -90,9 +90,9 @@ class Admission:
         self._keys_db = keys_db
         self._index = index
         self._ledger = ledger
-        self._gate_uid = gate_uid
-        # By copy where the gate keeps a hold on its files, and where a rename could not cross file systems.
-        self._copies = gate_uid != os.geteuid() or not archive.one_file_system()
+        self._owners = owners
+        # By copy where others keep a hold on their files, and where a rename could not cross file systems.
+        self._copies = set(owners.values()) != {os.geteuid()} or not archive.one_file_system()
         self._examiner = Examiner(archive, keyring, keys_db, index, self._erased if quarantine_resent else _never)
         self._filing = Filing(archive, keyring, keys_db, index, ledger, self._examiner)
         self._filling = Filling(archive, keys_db, index, ledger, self._filing)
@@ -106,7 +106,7 @@ class Admission:
         self._interrupted = False
         self._listed: dict[str, float] = {}
 
-    # --- the whole of incoming/
+    # --- all that waits
 
     def resume(self) -> None:
         """Finish what a crash interrupted."""
@@ -244,17 +244,21 @@ class Admission:
         return False
 
     def _acceptable(self, path: Path) -> bool:
-        """Check what a name in ``incoming/`` stands for before it is opened; remove what can be no deposit."""
+        """Check what a deposit's name stands for before it is opened; remove what can be none."""
         found = path.lstat()
         if stat.S_ISDIR(found.st_mode):
-            self._say_once(path.name, f"{path.name} in incoming is a folder and is left where it is")
+            self._say_once(path.name, f"{path.name} in {path.parent.name} is a folder and is left where it is")
             return False
         if not stat.S_ISREG(found.st_mode):
-            log.error("%s in incoming is no regular file and is removed", path.name)
+            log.error("%s in %s is no regular file and is removed", path.name, path.parent.name)
             self._archive.remove_deposit(path)
             return False
-        if found.st_uid != self._gate_uid:
-            raise pack.PackError("it does not belong to the gate's user")
+        owner = self._owners.get(path.parent)
+        if owner is None:
+            self._say_once(str(path.parent), f"what is in {path.parent.name} waits: desk.user says whose it is")
+            return False
+        if found.st_uid != owner:
+            raise pack.PackError("it does not belong to the user who deposits there")
         if found.st_size - found.st_blocks * 512 > _SPARSE_LIMIT:
             raise pack.PackError("it is a sparse file")
         if found.st_nlink != 1 and self._copies:
@@ -321,7 +325,7 @@ class Admission:
                 # It was finished meanwhile, and has its name.
                 continue
             except OSError:
-                self._say_once(path.name, f"{path.name} in incoming is no deposit and cannot be removed")
+                self._say_once(path.name, f"{path.name} in {path.parent.name} is no deposit and cannot be removed")
 
 
 def _never(_study: str) -> bool:

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Auditor:
         self._ring: Keyring | None = None
         self._ledger: Ledger | None = None
         self._exports: dict[tuple[int, str], _Export] = {}
-        self._gate = GateEvents(config.incoming, self._store_id, self)
+        self._gate = GateEvents(self._store_id, self, restricted=config.desk_incoming)
         self._chain: Chain | None = None
         # Who has to see an act before it is done; set once, by who knows it.
         self.before: Callable[[str, dict[str, Any]], None] = lambda _kind, _fields: None
@@ -312,12 +312,12 @@ class Auditor:
 
     # --- the gate
 
-    def take(self, gate_uid: int) -> None:
-        """Take the gate's events into the chain, if unlocked; what cannot be recorded stays where it is."""
+    def take(self, owners: Mapping[Path, int]) -> None:
+        """Take the events of gate and desk into the chain, if unlocked; what cannot be recorded stays where it is."""
         with self._lock:
             if self._ring is None or self._ledger is None or self._chain is None:
                 return
-            if self._gate.take(self._ring, self._ledger, gate_uid):
+            if self._gate.take(self._ring, self._ledger, owners):
                 self._keep_head()
 
     def certificate_uses(self) -> list[CertificateUse]:

@@ -94,6 +94,7 @@ def create(plan: Plan) -> Config:
     for folder, mode in (
         (config.store_path, 0o700),
         (config.incoming, 0o700),
+        (config.desk_incoming, 0o700),
         (config.public, 0o755),
         (config.outbox, 0o750),
         (config.alert_state, 0o700),
@@ -103,7 +104,7 @@ def create(plan: Plan) -> Config:
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
         # Whatever the umask is: the gate's user must be able to read public/.
         folder.chmod(mode)
-    Archive(config.store_path, config.incoming).prepare()
+    Archive(config.store_path, *config.inboxes).prepare()
     KeysDatabase(config.keys_db, migrate=True).close()
     os.chmod(config.keys_db, 0o600)
     ring.write(config.keyring)
@@ -181,7 +182,8 @@ def hand_over(config: Config, users: tuple[str, str], secrets: list[Path]) -> No
     vault, gate = (pwd.getpwnam(name) for name in users)
     everything = [config.store_path, *config.store_path.rglob("*"), config.anchors, *config.anchors.rglob("*")]
     told = [path for path in (config.outbox, config.alert_state) if path.exists()]
-    own = (config.public, *config.public.iterdir(), config.socket.parent, *told)
+    # The desk's folder becomes the desk's where one is started.
+    own = (config.public, *config.public.iterdir(), config.socket.parent, config.desk_incoming, *told)
     # What is in a folder before the folder: its new owner could put links there, and none is followed.
     for path in reversed((*everything, *own)):
         os.chown(path, vault.pw_uid, vault.pw_gid, follow_symlinks=False)

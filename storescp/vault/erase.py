@@ -156,7 +156,7 @@ class Erase:
         packs = self._packs(open_, tag, study)
         if not packs:
             raise StrongroomError(f"study {study} is not held here", hint="'strongroom list' lists", status=NOTHING)
-        fenced = [p for p in packs if (open_.archive.incoming / p).exists()]
+        fenced = [p for p in packs if open_.archive.waiting(p)]
         instances = sum(len(open_.index.rows_of(p)) for p in packs)
         erasure = Erasure(secrets.token_hex(8), tag, uid, reason, begun, packs, fenced, instances)
         self._vault.auditor.record(
@@ -229,17 +229,17 @@ class Erase:
         First of all: a deposit carries its own key, so that it would be admitted again once its key record is gone;
         and against one that is held, what arrives from now on would be a copy that nobody needs, or a contradiction.
         """
-        moved = False
+        moved = set()
         for pack_id in erasure.packs:
-            path = open_.archive.incoming / pack_id
-            if path.exists():
+            for path in open_.archive.waiting(pack_id):
                 os.rename(path, path.with_name(pack_id + _PUT_ASIDE))
-                moved = True
+                moved.add(path.parent)
                 if pack_id not in erasure.fenced:
                     erasure.fenced.append(pack_id)
         if moved:
             open_.ledger.set_erasure(erasure)
-            encoding.sync_folder(open_.archive.incoming)
+        for inbox in moved:
+            encoding.sync_folder(inbox)
 
     def _note(self, open_: Open, erasure: Erasure) -> None:
         """Keep which packs besides came out of the study's, and which versions wrap their keys, before they go."""
@@ -279,14 +279,13 @@ class Erase:
 
     def _is_left(self, open_: Open, pack_id: str) -> bool:
         """Tell whether a gate still has a deposit open; remove it otherwise."""
-        archive = open_.archive
-        path = archive.incoming / (pack_id + _PUT_ASIDE)
-        if not path.exists():
-            return False
-        if archive.is_locked(path):
-            return True
-        archive.remove(path)
-        return False
+        left = False
+        for path in open_.archive.waiting(pack_id + _PUT_ASIDE):
+            if open_.archive.is_locked(path):
+                left = True
+            else:
+                open_.archive.remove(path)
+        return left
 
     # --- certificates
 

@@ -157,7 +157,10 @@ class Examiner:
     def held_safely(self, record: Record, pack_id: str) -> bool:
         """Tell whether the instance that a record repeats is admitted, so that the record can go."""
         held = self._index.held(record.attributes.text(attributes.SOP_INSTANCE), besides=pack_id)
-        return held is not None and self._archive.find(held.pack_id) != self._archive.incoming / held.pack_id
+        if held is None:
+            return False
+        path = self._archive.find(held.pack_id)
+        return path is None or not self._archive.is_deposit(path)
 
     def archived(self, file: PackFile, frame: pack.Frame) -> bool:
         """Tell whether the archive holds a record byte for byte, wherever in it."""

@@ -99,7 +99,9 @@ class Filing:
         target = self._archive.quarantine_path(pack_id) if quarantined else self._archive.path(pack_id)
         try:
             if not (synced and target.exists()) and not self._archive.finish(target):
-                with PackFile(self._archive.incoming / pack_id, write=True) as deposit:
+                # One user's, which moves where it lies: of another one's, a copy has its place already.
+                [path, *_] = self._archive.waiting(pack_id) or [target]
+                with PackFile(path, write=True) as deposit:
                     if deposit.size != record.place.length:
                         raise pack.PackError("the deposit is not the one that its study key was sealed for")
                     self._archive.adopt(deposit)

@@ -1,10 +1,11 @@
-"""The gate's events on their way into the audit chain, and what the ledger keeps of them."""
+"""Events of gate and desk on their way into the audit chain, and what the ledger keeps of them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,8 @@ _PARTS_LIMIT = 100
 # How long events may be taken at a time: whoever asks something of the vault waits meanwhile.
 _TAKE_SECONDS = 1.0
 
+# Requests that store are recorded as associations are.
+_DESK_TYPES = {"association-begun", "association-ended", "events-dropped"}
 # What an event may hold: no numbers whose text grows, and nothing that nests.
 _Value = str | int | bool | None | dict[str, str | int] | list[str]
 
@@ -62,10 +65,17 @@ class Event(msgspec.Struct):
 
 
 class GateEvents:
-    """Takes the gate's events out of a folder. Used by one thread at a time."""
+    """Takes events out of the folders of deposits. Used by one thread at a time."""
 
-    def __init__(self, incoming: Path, store_id: bytes, recorder: Recorder) -> None:
-        self._incoming = incoming
+    def __init__(self, store_id: bytes, recorder: Recorder, *, restricted: Path) -> None:
+        """Prepare.
+
+        Args:
+            store_id: 16 bytes.
+            recorder: Who records them.
+            restricted: The desk's folder: what it may tell is what it stored.
+        """
+        self._restricted = restricted
         self._store_id = store_id
         self._recorder = recorder
         self._taken: set[str] = set()
@@ -76,14 +86,14 @@ class GateEvents:
         """Hear of a file that the chain has already."""
         self._taken.add(name)
 
-    def take(self, ring: Keyring, ledger: Ledger, gate_uid: int) -> bool:
+    def take(self, ring: Keyring, ledger: Ledger, owners: Mapping[Path, int]) -> bool:
         """Take events into the chain; what cannot be recorded stays where it is. Tell whether any were taken."""
         until = time.monotonic() + _TAKE_SECONDS
         waiting, taken = "", False
         try:
-            for path in events.found(self._incoming):
+            for path in events.found(*owners):
                 try:
-                    self._take(path, ring, ledger, gate_uid)
+                    self._take(path, ring, ledger, owners[path.parent])
                     taken = True
                 except (OSError, KeyringError, AnchorError, DatabaseError) as error:
                     waiting = waiting or f"{_printable(path.name)}: {error}"
@@ -96,13 +106,13 @@ class GateEvents:
         self._waiting = waiting
         return taken
 
-    def _take(self, path: Path, ring: Keyring, ledger: Ledger, gate_uid: int) -> None:
+    def _take(self, path: Path, ring: Keyring, ledger: Ledger, owner: int) -> None:
         name = _printable(path.name.removesuffix(events.SUFFIX))
         if name not in self._taken:
             try:
-                found, told, peer_files = self._read(path, ring, gate_uid)
+                found, told, peer_files = self._read(path, ring, owner)
             except (EventsError, UnknownVersionError) as error:
-                log.error("events in incoming are refused: %s", error)
+                log.error("events in %s are refused: %s", path.parent.name, error)
                 self._recorder.record("events-refused", file=name, reason=str(error)[:_SHORT])
                 self._taken.add(name)
             else:
@@ -122,14 +132,14 @@ class GateEvents:
         self._taken.discard(name)
 
     def _read(
-        self, path: Path, ring: Keyring, gate_uid: int
+        self, path: Path, ring: Keyring, owner: int
     ) -> tuple[list[Event], list[dict[str, Any]], dict[str, str] | None]:
         """Return the events in a file; those that are recorded; which peer files the gate reads after them.
 
         Raises:
             EventsError: They are not what a gate writes.
         """
-        content = events.read(path, self._store_id, ring.version, gate_uid)
+        content = events.read(path, self._store_id, ring.version, owner)
         try:
             found = msgspec.json.decode(content, type=list[Event])
             whole = msgspec.json.decode(content, type=list[dict[str, _Value]])
@@ -137,6 +147,8 @@ class GateEvents:
             raise EventsError(f"they are not what a gate writes: {error}") from error
         told: list[dict[str, Any]] = []
         peer_files = self._peer_files
+        if path.parent == self._restricted and not {event.type for event in found} <= _DESK_TYPES:
+            raise EventsError("they are not what a desk tells")
         for event, entry in zip(found, whole, strict=True):
             if event.type == "peers-read":
                 told += _changed(peer_files, event, entry)

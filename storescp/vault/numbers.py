@@ -69,7 +69,7 @@ class Numbers:
             self._inside = None
         else:
             self._look_inside(opened)
-        packs, size, oldest = waiting(Archive(config.store_path, config.incoming))
+        packs, size, oldest = waiting(Archive(config.store_path, *config.inboxes))
         alerts: dict[str, dict[str, int]] = {}
         for alert in vault.alerts.standing():
             kinds = alerts.setdefault(KINDS[alert.kind].severity, {})

@@ -8,6 +8,7 @@ import pwd
 import queue
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 
@@ -44,9 +45,9 @@ class Open:
     def __init__(self, config: Config, ring: Keyring) -> None:
         self._config = config
         self.ring = ring
-        self.archive = Archive(config.store_path, config.incoming)
+        self.archive = Archive(config.store_path, *config.inboxes)
         self.keys_db = KeysDatabase(config.keys_db, migrate=True)
-        self.gate_uid = gate_uid(config)
+        self.owners = owners(config)
         self.rotating = threading.Lock()
         # Held while a backup copies packs, and by whoever removes one: what a backup names must not go meanwhile.
         self.packs_lock = threading.Lock()
@@ -72,7 +73,7 @@ class Open:
                 self.keys_db,
                 index,
                 ledger,
-                gate_uid=self.gate_uid,
+                owners=self.owners,
                 room=lambda count: space.archive_has_room(config, count),
                 retired=self._retired,
                 quarantine_resent=config.settings.retention.resent == QUARANTINE,
@@ -189,16 +190,25 @@ def database_version(config: Config, ring: Keyring) -> int:
     return max(known, default=ring.current().version)
 
 
-def gate_uid(config: Config) -> int:
-    """Return the user whose deposits are taken: the gate's own, or the vault's where they are one.
+def owners(config: Config) -> dict[Path, int]:
+    """Return whose deposits are taken out of which folder: the gate's and the desk's own users, or the vault's.
+
+    Where the gate is another user, and the desk has none, nothing is taken out of the desk's folder.
 
     Raises:
-        StrongroomError: The configured user does not exist.
+        StrongroomError: A configured user does not exist.
     """
-    name = config.settings.gate.user
-    if not name:
-        return os.geteuid()
+    gate, desk = config.settings.gate.user, config.settings.desk.user
+    if not gate:
+        return dict.fromkeys(config.inboxes, os.geteuid())
+    found = {config.incoming: _uid("gate.user", gate)}
+    if desk:
+        found[config.desk_incoming] = _uid("desk.user", desk)
+    return found
+
+
+def _uid(key: str, name: str) -> int:
     try:
         return pwd.getpwnam(name).pw_uid
     except KeyError as error:
-        raise StrongroomError(f"gate.user: there is no user {name} on this machine") from error
+        raise StrongroomError(f"{key}: there is no user {name} on this machine") from error

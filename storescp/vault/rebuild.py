@@ -42,7 +42,8 @@ def rebuild(
         raise StrongroomError(
             f"the export does not open: {error}", hint="type each share as it stands on paper"
         ) from error
-    for folder, mode in ((config.store_path, 0o700), (config.public, 0o755), (config.incoming, 0o700)):
+    inboxes = [(folder, 0o700) for folder in config.inboxes]
+    for folder, mode in ((config.store_path, 0o700), (config.public, 0o755), *inboxes):
         if not folder.exists():
             folder.mkdir(mode=mode, parents=True)
             folder.chmod(mode)

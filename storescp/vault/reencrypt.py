@@ -260,7 +260,7 @@ class Reencrypt:
             if names & {*erasure.packs, *erasure.fenced}:
                 raise _LeftError(f"erasure {erasure.id} concerns it")
         # It would be admitted anew, as if nothing of it were held.
-        if any((open_.archive.incoming / name).exists() for name in names):
+        if any(open_.archive.waiting(name) for name in names):
             raise _LeftError("its deposit is not accounted for yet; run this again")
 
     def _exchange(self, open_: Open, parts: list[Repack]) -> Iterator[Progress]:

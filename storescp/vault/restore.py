@@ -252,6 +252,7 @@ def lay_out(source: Source, config: Config, total: int, packs: Iterable[int]) ->
         (config.file.parent, 0o700),
         (config.store_path, 0o700),
         (config.incoming, 0o700),
+        (config.desk_incoming, 0o700),
         (config.outbox, 0o750),
         (config.alert_state, 0o700),
         (config.public, 0o755),
@@ -261,7 +262,7 @@ def lay_out(source: Source, config: Config, total: int, packs: Iterable[int]) ->
         if not folder.exists():
             folder.mkdir(mode=mode, parents=True)
             folder.chmod(mode)
-    Archive(config.store_path, config.incoming).prepare()
+    Archive(config.store_path, *config.inboxes).prepare()
     for name in ("audit", "recovery", "certificates"):
         (config.store_path / name).mkdir(mode=0o700)
     (config.file.parent / "tls").mkdir(mode=0o755, exist_ok=True)
@@ -313,7 +314,7 @@ def _place(config: Config, name: str, trusted: dict[str, str]) -> Path | None:
 
 def _copied(source: Source, config: Config) -> Iterator[int]:
     """Copy the packs to where they belong; yield how many there are now."""
-    archive = Archive(config.store_path, config.incoming)
+    archive = Archive(config.store_path, *config.inboxes)
     database = KeysDatabase(source.generation / "keys.db", immutable=True)
     try:
         for number, record in enumerate(records_of(database), 1):

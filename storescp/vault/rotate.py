@@ -366,9 +366,9 @@ class Rotate:
         return destroyed
 
     def _naming(self, version: int) -> list[str]:
-        """Return what in ``incoming/`` needs a version to be opened."""
+        """Return which deposits and events need a version to be opened."""
         open_ = self._vault.unlocked()
-        found = [*open_.archive.deposits(), *events.found(self._config.incoming)]
+        found = [*open_.archive.deposits(), *events.found(*self._config.inboxes)]
         return [path.name for path in found if _version_of(path) == version]
 
 

@@ -167,7 +167,7 @@ class Vault:
         with self._state:
             if self._open is not None:
                 _told(self._open.admission.catch_up())
-                self.auditor.take(self._open.gate_uid)
+                self.auditor.take(self._open.owners)
 
     def fill(self, seconds: float) -> tuple[int, int] | None:
         """Fill the index for a time; return how many packs are in it, of how many, or None when it is whole.
@@ -185,7 +185,7 @@ class Vault:
             if self._open is None:
                 return True
             count, done = self._open.admission.advance(seconds)
-            self.auditor.take(self._open.gate_uid)
+            self.auditor.take(self._open.owners)
             self.auditor.flush()
         _told(count)
         return done

@@ -46,8 +46,8 @@ class Status:
         header = keyring.read_header(config.keyring)
         opened = self._vault.opened
         with contextlib.nullcontext() if opened is None else opened.reader() as reader:
-            archive = Archive(config.store_path, config.incoming)
-            short = space.Watch(config).shortage()
+            archive = Archive(config.store_path, *config.inboxes)
+            short = space.Watch(config, config.incoming).shortage()
             status: dict[str, Any] = {
                 "format": 1,
                 "time": now(),
