@@ -274,7 +274,7 @@ Not supported.
 
 ### 5.3 DICOM Web Services
 
-{"See docs/dicomweb.md." if config.settings.desk.web else "Not supported."}
+{conformancedesk.web(config, _table)}
 
 ### 5.4 Media services
 

@@ -1,4 +1,4 @@
-"""What the conformance statement says of the desk: storage commitment, query and retrieval. Pure."""
+"""What the conformance statement says of the desk: storage commitment, query and retrieval, web services. Pure."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from storescp.desk import session
 from storescp.desk.models import MODELS
 from storescp.desk.transcode import LIMIT
 from storescp.gate import dimse
+from storescp.gate.status import Reason
 from storescp.gate.transfer import COMMITMENT
 
 _NO_DESK = "Not supported by this configuration: it has no desk (`desk.listen`)."
@@ -68,6 +69,39 @@ combined date-time matching are not negotiated. A peer's operations say what it 
 - **C-CANCEL** ends a query between two rows and a retrieval between two instances.
 
 {table(["Level", "Key", "VR", "Matching"], keys)}"""
+
+
+def web(config: Config, table: _Table) -> str:
+    """Return section 5.3."""
+    if not config.settings.desk.web:
+        return "Not supported by this configuration: it has no `desk.web`."
+    rows = [
+        ["Search (QIDO-RS)", "`GET` studies, series, instances", "application/dicom+json", "reader, admin"],
+        [
+            "Retrieve (WADO-RS)",
+            "`GET` study, series, instance; metadata; frames; rendered; bulkdata",
+            "application/dicom, application/dicom+json, octet streams and compressed frames, image/jpeg, image/png",
+            "reader, admin",
+        ],
+        [
+            "Store (STOW-RS)",
+            "`POST` studies, study",
+            "application/dicom; answers: application/dicom+json",
+            "sender, admin",
+        ],
+    ]
+    never = {Reason.NO_DATA_SET, Reason.NOT_AUTHORIZED}
+    reasons = [[f"`{reason.status:04X}`", reason.comment] for reason in Reason if reason not in never]
+    return f"""The Studies Service (PS3.18 10), as origin server, over HTTPS with client certificates. Roles are those
+of the peer's file. Delete and the Retrieve Capabilities transaction are not supported, XML is not given or taken, and
+metadata is not stored with its bulk data apart. Parameters, media types and what is answered: docs/dicomweb.md.
+
+{table(["Transaction", "Resources", "Media types", "Role"], rows)}
+
+An instance that is not stored is in the Failed SOP Sequence (0008,1198), or in the Other Failures Sequence (0008,119A)
+where no UID of it could be read, with a Failure Reason:
+
+{table(["Reason of a failed store", "When"], reasons)}"""
 
 
 def contexts(config: Config) -> list[list[str]]:

@@ -67,7 +67,8 @@ def check(settings: DeskSettings, parse_address: Callable[[str], tuple[str, int]
                 parse_address(text)
             except ValueError:
                 errors.append(f"desk.{key}: '{text}' is no address with a port, as in 127.0.0.1:2763 or [::1]:2763")
-    both = sorted(set(settings.listen) & set(settings.web))
+    # A port that the system chooses is another one each time.
+    both = sorted(text for text in set(settings.listen) & set(settings.web) if not text.endswith(":0"))
     errors += [f"desk.web: '{text}' is also in desk.listen" for text in both]
     if settings.viewer and not settings.web:
         errors.append("desk.viewer: goes with desk.web")

@@ -26,6 +26,7 @@ import scu
 from conftest import Server, changed, find_command, send
 from pydicom.data import get_testdata_file
 from scu import raw_data_set
+from users import GATE, VAULT, being
 
 CT = Path(str(get_testdata_file("CT_small.dcm")))
 MR = Path(str(get_testdata_file("MR_small.dcm")))
@@ -813,25 +814,6 @@ def test_a_disk_that_refuses_events_stops_nobody_from_storing_and_they_come_late
         subprocess.run(["umount", "-l", str(server.incoming)], check=True)
 
 
-VAULT, GATE = "daemon", "nobody"
-
-
-@contextlib.contextmanager
-def as_gate() -> Iterator[None]:
-    """Be the gate's user."""
-    gate = pwd.getpwnam(GATE)
-    groups = os.getgroups()
-    os.setgroups([])
-    os.setegid(gate.pw_gid)
-    os.seteuid(gate.pw_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
-
-
 @pytest.fixture
 def two() -> Iterator[Server]:
     """A server whose gate and vault are two users."""
@@ -857,7 +839,7 @@ def test_of_two_users_the_vault_takes_the_gates_events_and_the_gate_cannot_reach
     assert ended["studies"] == {scu.read(CT).study: 1}
     until(lambda: not list(two.incoming.glob("*.events")), "events stay in incoming")
     assert whole(two)
-    with as_gate():
+    with being(GATE):
         for path in (chain(two), last_file_of(two)):
             with pytest.raises(PermissionError):
                 list(path.iterdir()) if path.suffix != ".log" else path.read_bytes()
@@ -871,7 +853,7 @@ def last_file_of(server: Server) -> Path:
 @pytest.mark.needs_root
 def test_whatever_a_gate_leaves_as_events_admission_goes_on_and_it_is_told(two: Server) -> None:
     odd = os.fsdecode(os.fsencode(two.incoming) + b"/\xff\n.events")
-    with as_gate():
+    with being(GATE):
         (two.incoming / "big.events").write_bytes(bytes(10_000_000))
         (two.incoming / "text.events").write_text('[{"type":"unlocked","time":"now"}]')
         (two.incoming / "empty.events").touch()
@@ -896,7 +878,7 @@ def test_whatever_a_gate_leaves_as_events_admission_goes_on_and_it_is_told(two: 
     refused(two)
     until(lambda: [p for p in two.incoming.glob("*.events") if p.is_file()], "the gate wrote no events")
     [path] = [p for p in two.incoming.glob("*.events") if p.is_file()]
-    with as_gate():
+    with being(GATE):
         (two.incoming / ("00" * 16 + ".events")).write_bytes(path.read_bytes())
     two.ok("unlock", "--key-file", two.home / "store.key")
     until(lambda: len(of_type(two, "events-refused")) == 9, "a copy is not refused")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import pwd
@@ -19,34 +18,16 @@ import pytest
 from conftest import Server, changed, send
 from pydicom.data import get_testdata_file
 from scu import raw_data_set
+from users import GATE, VAULT, being
 
 from keys.seal import context, seal
 from keys.versions import new_key, read_deposit_key
 from storage import pack
 
-VAULT, GATE = "daemon", "nobody"
 CT = Path(str(get_testdata_file("CT_small.dcm")))
 MR = Path(str(get_testdata_file("MR_small.dcm")))
 
 pytestmark = pytest.mark.needs_root
-
-
-@contextlib.contextmanager
-def as_gate() -> Iterator[None]:
-    """Be the gate's user, as whoever broke into it is."""
-    gate = pwd.getpwnam(GATE)
-    vault_group = pwd.getpwnam(VAULT).pw_gid
-    groups = os.getgroups()
-    os.setgroups([])
-    os.setegid(gate.pw_gid)
-    os.seteuid(gate.pw_uid)
-    try:
-        assert vault_group not in os.getgroups()
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
 
 
 @pytest.fixture
@@ -72,13 +53,14 @@ def two(home: Path) -> Iterator[Server]:
 
 
 class Forger:
-    """What somebody in the gate can make: everything that the public deposit key allows."""
+    """What somebody in the gate, or the desk, can make: everything that the public deposit key allows."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, user: str = GATE, folder: str = "incoming") -> None:
+        self.user = user
         published = (server.home / "spool" / "public" / "deposit-1.key").read_bytes()
         from storescp.config import load
 
-        self.incoming = server.incoming
+        self.incoming = server.home / "spool" / folder
         self.public = read_deposit_key(published, load(server.config).signing_key)
         self.key = new_key()
 
@@ -95,7 +77,7 @@ class Forger:
 
     def deposit(self, key_id: bytes, content: bytes, name: str = "") -> Path:
         path = self.incoming / (name or key_id.hex())
-        with as_gate():
+        with being(self.user):
             path.write_bytes(content)
         return path
 
@@ -147,7 +129,7 @@ def test_each_runs_as_its_own_user_and_the_gate_can_read_nothing_of_the_vault(tw
     assert uids == {"gate": pwd.getpwnam(GATE).pw_uid, "vault": pwd.getpwnam(VAULT).pw_uid}
     assert send(two, [CT, MR]) == [0, 0]
     two.wait_admitted()
-    with as_gate():
+    with being(GATE):
         for path in (two.store, two.home / "anchors", two.home / "store.key", two.home / "run"):
             with pytest.raises(PermissionError):
                 list(path.iterdir()) if path.is_dir() else path.read_bytes()
@@ -174,12 +156,12 @@ def test_a_descriptor_that_the_gate_kept_reaches_nothing_that_is_admitted(two: S
     two.start()
     assert send(two, [CT]) == [0]
     (deposit,) = two.deposits()
-    with as_gate():
+    with being(GATE):
         kept = os.open(deposit, os.O_RDWR)
     os.kill(two.pids("gate")[0], signal.SIGKILL)
     two.wait_admitted()
     before = archive(two)
-    with as_gate():
+    with being(GATE):
         again = os.open(f"/proc/self/fd/{kept}", os.O_RDWR)
     for descriptor in (kept, again):
         os.pwrite(descriptor, b"overwritten" * 1000, 0)
@@ -192,7 +174,7 @@ def test_links_pipes_and_folders_are_no_deposits(two: Server) -> None:
     forger = Forger(two)
     header = forger.header(b"\x01" * 16)
     target = forger.deposit(b"\x01" * 16, header.encode() + forger.record(header, b"\x02" * 16), name="first")
-    with as_gate():
+    with being(GATE):
         os.link(target, two.incoming / ("01" * 16))
         os.symlink(two.store / "keyring", two.incoming / ("02" * 16))
         os.mkfifo(two.incoming / ("03" * 16))
@@ -253,7 +235,7 @@ def test_sparse_and_huge_files_fill_nothing(two: Server) -> None:
     forger = Forger(two)
     header = forger.header(b"\x11" * 16)
     path = forger.deposit(b"\x11" * 16, header.encode() + forger.record(header, b"\x01" * 16))
-    with as_gate():
+    with being(GATE):
         os.truncate(path, 1 << 42)
     assert send(two, [CT]) == [0]
     assert [row["calling"] for row in two.list()] == ["CT1"]
@@ -333,7 +315,7 @@ def test_what_is_appended_to_another_workers_pack_does_not_spoil_it(two: Server,
     forger = Forger(two)
     (deposit,) = two.deposits()
     foreign = forger.record(forger.header(bytes.fromhex(deposit.name)), os.urandom(16))
-    with as_gate(), deposit.open("r+b") as file:
+    with being(GATE), deposit.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(pack.page_after(end))
         file.write(foreign)

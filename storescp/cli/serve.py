@@ -113,8 +113,8 @@ def _lean() -> None:
 
 def _started(process: str, given: str | None, *, quiet: bool = False) -> Config:
     config = config_of(given)
-    # A gate's deposits must be readable by its group, which is the vault's when they are two users.
-    harden(0o027 if process.startswith("gate") else 0o077)
+    # Deposits must be readable by their group, which is the vault's where those who make them are other users.
+    harden(0o027 if process in {"gate", "desk"} else 0o077)
     settings = config.settings.log
     log.set_up(process, settings.format, "error" if quiet else settings.level)
     return config

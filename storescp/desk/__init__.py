@@ -1,1 +1,1 @@
-"""The desk: finds and gives back. It has a TLS key and no key of the store; the vault decides each request."""
+"""The desk: finds and gives back, and stores what comes by the web. It has no key that opens anything."""

@@ -112,7 +112,7 @@ class _Desk:
             threading.Thread(target=self._accept, daemon=True, name="accept").start()
         threading.Thread(target=self._report, daemon=True, name="reports").start()
         addresses = [listeners.text(sock.getsockname()) for sock in self._listening]
-        addresses += [f"https://{text}" for text in self._settings.web]
+        addresses += [f"https://{text}" for text in (self._web.addresses if self._web is not None else ())]
         log.info("listening on %s", ", ".join(addresses))
 
     def again(self) -> None:

@@ -5,6 +5,8 @@ Nothing of a request's address goes into the log: it holds UIDs and names of pat
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import re
 from collections.abc import Callable
@@ -40,6 +42,8 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
 )
+# Of a body that is refused, what is still read.
+_TAKE_BYTES, _TAKE_SECONDS = 1 << 20, 2.0
 _STUDY = "/studies/{study}"
 _SERIES = _STUDY + "/series/{series}"
 _INSTANCE = _SERIES + "/instances/{instance}"
@@ -110,6 +114,7 @@ class Front:
                 raise Refusal(403)
             await self._inner(scope, receive, answering)
         except (Refusal, AskingError) as error:
+            await _let_read(scope, receive, told)
             await self._refuse(refusal(error) if isinstance(error, AskingError) else error, answering, wire, scope)
         except BrokenOffError as error:
             log.warning("web: an answer to %s ends early: %s", peer_title, error)
@@ -159,6 +164,20 @@ class Front:
             # What it brings is not read, or no further.
             headers["connection"] = "close"
         await PlainTextResponse(refused.text, refused.status, headers)(scope, _nothing, answering)
+
+
+async def _let_read(scope: Scope, receive: Receive, told: Told) -> None:
+    """Take a short body that is refused: whoever is still sending when the connection is closed reads no answer."""
+    if scope["method"] != "POST" or told.taken or b"expect" in dict(scope["headers"]):
+        return
+    taken = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_TAKE_SECONDS):
+            while taken < _TAKE_BYTES:
+                message = await receive()
+                taken += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 class _Answering:

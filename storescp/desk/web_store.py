@@ -88,6 +88,7 @@ class WebStore:
             while more:
                 async with asyncio.timeout(self._idle):
                     piece = await anext(body, None)
+                request.state.told.taken = piece is None
                 more = piece is not None
                 if piece:
                     held.append(piece)

@@ -31,6 +31,8 @@ class Told:
         self.kind = "nothing"
         self.status = 0
         self.instances = 0
+        # The request's body was read to its end.
+        self.taken = False
 
 
 class Threads:

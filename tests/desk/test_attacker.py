@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pwd
-import shutil
-import signal
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,8 @@ import pytest
 import scu
 from conftest import send
 from pydicom.data import get_testdata_file
-from served import STUDY_ROOT, Desk, Received, find, get_contexts, identifier, last, models
+from served import STUDY_ROOT, Desk, Received, find, get_contexts, identifier, last, models, three_users
+from users import DESK, GATE, OTHER, VAULT, being
 
 from storage.query import Query
 from storage.selection import Selection
@@ -28,7 +25,6 @@ from storescp.control import Client
 from storescp.desk.asking import Asking, AskingError
 from storescp.errors import StrongroomError
 
-VAULT, GATE, DESK, OTHER = "daemon", "nobody", "games", "backup"
 CT, MR = (Path(str(get_testdata_file(name))) for name in ("CT_small.dcm", "MR_small.dcm"))
 STUDY, PATIENT = "0020000D", "00100020"
 
@@ -39,41 +35,10 @@ pytestmark = [
 ]
 
 
-@contextlib.contextmanager
-def being(name: str) -> Iterator[None]:
-    """Be another user, with the groups that it has and no others."""
-    user, groups = pwd.getpwnam(name), os.getgroups()
-    os.setgroups(os.getgrouplist(name, user.pw_gid))
-    os.setegid(user.pw_gid)
-    os.seteuid(user.pw_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
-
-
 @pytest.fixture(scope="module")
 def three() -> Iterator[Desk]:
     """A server whose gate, vault and desk are three users, and what it holds."""
-    # pytest's own folders are closed to other users.
-    folder = Path(tempfile.mkdtemp(prefix="strongroom-three-"))
-    folder.chmod(0o755)
-    server = Desk(folder / "s")
-    try:
-        server.init("--vault-user", VAULT, "--gate-user", GATE)
-        server.set("gate", pack_idle_seconds=1)
-        keys = server.home / "tls" / "desk"
-        keys.mkdir(mode=0o750)
-        for name in ("server.pem", "server.key"):
-            shutil.copy(server.home / "tls" / name, keys / name)
-        for path in (keys, *keys.iterdir()):
-            shutil.chown(path, DESK, DESK)
-        server.set(
-            "desk", listen=["127.0.0.1:0"], user=DESK, certificate="tls/desk/server.pem",
-            private_key="tls/desk/server.key",
-        )  # fmt: skip
+    with three_users() as server:
         server.peer("CT1")
         server.peer("MR1")
         server.peer("FINDS", "find")
@@ -91,11 +56,6 @@ def three() -> Iterator[Desk]:
         server.wait_admitted()
         yield server
         assert server.stop() == 0
-    finally:
-        server.stop(signal.SIGKILL)
-        server.kill_all()
-        server.kill("desk")
-        shutil.rmtree(folder)
 
 
 @pytest.fixture

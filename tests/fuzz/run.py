@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Ours, and what reads bytes on our behalf: without tracing those, mutations of their input would go blind.
-TRACED = ["keys", "storage", "storescp", "pynetdicom", "h11", "tomllib"]
+TRACED = ["keys", "storage", "storescp", "pynetdicom", "h11", "python_multipart", "tomllib"]
 _MEMORY_MIB = 1024
 # Longer than the longest good input; what is longer still only makes runs slow. Packs are made of pages.
 _LONGEST = 4096

@@ -262,6 +262,22 @@ def _desk_messages() -> Iterator[bytes]:
     yield wire.data_pdus(3, command=True, content=answer, maximum=0) + query
 
 
+def _stored_parts() -> list[bytes]:
+    """Return bodies that store: files, one file with a content type, and what is none."""
+    meta = b"".join(
+        struct.pack("<HH2sH", 2, element, b"UI", len(uid)) + uid
+        for element, uid in ((2, CT.encode() + b"\0"), (3, b"1.2.3\0"), (0x10, EXPLICIT.encode() + b"\0"))
+    )
+    file = bytes(128) + b"DICM\x02\0\0\0UL\x04\0" + len(meta).to_bytes(4, "little") + meta + b"\x08\0\x05\0CS\0\0"
+    part, kind, end = b"\r\n--b\r\n", b"Content-Type: application/dicom\r\n", b"\r\n--b--\r\n"
+    return [
+        part + b"\r\n" + file + part + kind + b"\r\n" + file + b"more" + end,
+        part[2:] + kind + b"X: y\r\n\r\n" + file + end + b"behind the end",
+        part + b"Content-Type: text/plain\r\n\r\nno file\r\n--" + end,
+        part + b"\r\n" + file[:140] + end,
+    ]
+
+
 def _identifiers() -> list[bytes]:
     """Return identifiers of every level, in every encoding."""
     made = []
@@ -417,6 +433,7 @@ _SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
     "association": _associations,
     "desk-messages": _desk_messages,
     "identifier": _identifiers,
+    "stored-parts": _stored_parts,
     "association-answer": _association_answers,
     "handover": _handed_over,
     "describe": _described,

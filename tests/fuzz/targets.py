@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import hashlib
 import io
 import ipaddress
 import os
@@ -54,18 +55,20 @@ from storescp.desk import identifiers
 from storescp.desk.identifiers import IdentifierError
 from storescp.desk.messages import EndedError, Message, Messages
 from storescp.desk.models import MODELS
+from storescp.desk.web_parts import Outcome, Parts, PartsError
 from storescp.errors import StrongroomError
 from storescp.gate import channel, dimse, negotiate, wire
 from storescp.gate.channel import ChannelError
 from storescp.gate.describe import Describer, split, uid
 from storescp.gate.dimse import CommandError
 from storescp.gate.head import VALUE_LIMIT, WANTED, HeadError, HeadParser
+from storescp.gate.incoming import Incoming
 from storescp.gate.meter import Meter
 from storescp.gate.negotiate import Agreement, Context
 from storescp.gate.origin import Origin
 from storescp.gate.quota import Allowances
 from storescp.gate.receive import Association, Resources
-from storescp.gate.status import Reason
+from storescp.gate.status import Reason, RefusedError
 from storescp.gate.transfer import ENCODINGS, STORAGE_CLASSES, VERIFICATION, Encoding
 from storescp.gate.wire import Pdu, Reader, WireError
 from storescp.peers import Asked, PeerError, PeerFile, Peers, Proof
@@ -619,6 +622,51 @@ def identifier(data: bytes) -> None:
             promise(told >= set(query.match), "a key is not answered")
 
 
+class _Kept:
+    """Takes an instance as the pack does, and keeps it."""
+
+    study, series = "1.2", "1.3"
+
+    def __init__(self, uids: tuple[str, str, str]) -> None:
+        self._taken = hashlib.sha256(repr(uids).encode())
+        self.size = 0
+
+    def take(self, data: memoryview) -> None:
+        self._taken.update(data)
+        self.size += len(data)
+
+    def end(self) -> None:
+        if self.size % 7 == 3:
+            raise RefusedError(Reason.UNPARSABLE)
+        self.series = self._taken.hexdigest()
+
+    def abandon(self) -> None:
+        self.size = -1
+
+
+@desk()
+def stored_parts(data: bytes) -> None:
+    """Any bytes are a body that stores, or a PartsError; how they are cut changes nothing."""
+    found = []
+    for pieces in ([data], *divisions(data)):
+        counted = list[Outcome]()
+        parts = Parts(b"b", lambda uids: cast("Incoming", _Kept(uids)), counted.append)
+        broken = False
+        try:
+            for piece in pieces:
+                if piece:
+                    parts.feed(piece)
+        except PartsError:
+            broken = True
+        finally:
+            parts.close()
+        promise([o for o in parts.outcomes if o.reason is None] == counted, "what is stored is not counted")
+        # What stands before the first boundary is overlooked or not, as the cuts have it: an error, not another part.
+        if not broken:
+            found.append((parts.outcomes, parts.ended))
+    promise(all(one == found[0] for one in found), "bytes cut otherwise are other parts")
+
+
 def association_answer(data: bytes) -> None:
     """Any bytes are an answer to our association request that accepts what was proposed, or a WireError."""
     proposed = {1: ("1.2.840.10008.5.1.4.1.1.2", ["1.2.840.10008.1.2.1"]), 3: ("1.2.3", ["1.2.840.10008.1.2"])}
@@ -1112,6 +1160,7 @@ TARGETS: dict[str, Target] = {
     "association": association,
     "desk-messages": desk_messages,
     "identifier": identifier,
+    "stored-parts": stored_parts,
     "association-answer": association_answer,
     "handover": handed_over,
     "describe": description,

@@ -13,7 +13,7 @@ from storescp import conformance, peers
 from storescp.config import Config, Plaintext, Settings, Store
 from storescp.desk.models import MODELS
 from storescp.desksettings import DeskSettings
-from storescp.gate.status import Reason
+from storescp.gate.status import OF_THE_WEB, Reason
 from storescp.gate.tls import strict_context
 from storescp.gate.transfer import COMMITMENT, ENCODINGS, STORAGE_CLASSES, VERIFICATION
 from storescp.peers import OPERATIONS, Peer, PeerFile, Peers
@@ -64,12 +64,27 @@ def test_its_tables_are_what_the_gate_has() -> None:
     assert {uid for _, uid in rows(text, "SOP Class")} == STORAGE_CLASSES
     assert {uid for _, uid in rows(text, "Transfer syntax")} == set(ENCODINGS)
     answers = {(row[1], row[2]) for row in rows(text, "Meaning")}
-    assert answers == {(f"{r.status:04X}", r.comment) for r in Reason} | {
+    assert answers == {(f"{r.status:04X}", r.comment) for r in set(Reason) - OF_THE_WEB} | {
         ("0000", "the instance is sealed and durable")
     }
     assert [name for _, name in rows(text, "Version")] == [s["name"] for s in strict_context().get_ciphers()]
     assert {version for version, _ in rows(text, "Version")} == {"TLS 1.2", "TLS 1.3"}
     assert "Private" not in [name for name, _ in rows(text, "SOP Class")]
+
+
+def test_the_web_services_of_a_desk_are_claimed_with_why_a_store_fails() -> None:
+    made = config()
+    assert "it has no `desk.web`" in conformance.statement(made, Peers({}))
+    made.settings.desk.web = ["127.0.0.1:8443"]
+    text = conformance.statement(made, Peers({}))
+    assert [row[0] for row in rows(text, "Transaction")] == [
+        "Search (QIDO-RS)",
+        "Retrieve (WADO-RS)",
+        "Store (STOW-RS)",
+    ]
+    assert {f"{reason.status:04X}" for reason in OF_THE_WEB} <= {
+        row[0] for row in rows(text, "Reason of a failed store")
+    }
 
 
 def test_only_what_is_served_is_claimed() -> None:
