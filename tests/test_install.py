@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import pydicom
 import pytest
 from conftest import DCMTK
 from pydicom.data import get_testdata_file
@@ -28,7 +29,7 @@ from storescp.install import Facts, MakeStore, Note, Options, Remove, Run, Say, 
 from storescp.unitfiles import DROP_IN, UNITS
 
 ROOT = Path(__file__).parent.parent
-CT = Path(str(get_testdata_file("CT_small.dcm")))
+CT, MR = (Path(str(get_testdata_file(name))) for name in ("CT_small.dcm", "MR_small.dcm"))
 GIVEN = unitfiles.read()
 OPTIONS = Options(program=PROGRAM)
 TOOLS = frozenset({"systemd-sysusers", "systemd-tmpfiles", "systemd-creds", "systemctl"})
@@ -506,6 +507,17 @@ def test_who_is_in_the_admins_group_talks_to_the_vault_and_who_leaves_it_does_no
     assert "Permission denied" in machine.run(*ask)
 
 
+_POST = """
+import http.client, ssl, sys
+context = ssl.create_default_context(cafile=sys.argv[1] + "/ca.pem")
+context.load_cert_chain(sys.argv[1] + "/CT1.pem", sys.argv[1] + "/CT1.key")
+connection = http.client.HTTPSConnection("127.0.0.1", 8443, context=context, timeout=60)
+kind = 'multipart/related; type="application/dicom"; boundary=b'
+connection.request("POST", "/dicomweb/studies", sys.stdin.buffer.read(), {"Content-Type": kind})
+print(connection.getresponse().read().decode())
+"""
+
+
 @real
 @pytest.mark.needs("findscu")
 def test_the_desk_is_a_user_of_its_own_that_finds_what_the_vault_tells_it_and_sees_nothing_else(
@@ -515,10 +527,14 @@ def test_the_desk_is_a_user_of_its_own_that_finds_what_the_vault_tells_it_and_se
     before = config.read_text(), peer.read_text()
     try:
         head, tail = before[0].split("\n[desk]\n")
-        config.write_text(head + "\n[desk]\n" + tail.replace("\nlisten = []", '\nlisten = ["127.0.0.1:2763"]', 1))
-        peer.write_text(re.sub(r"(?m)^operations = .*$", 'operations = ["echo", "store", "find"]', before[1]))
+        tail = tail.replace("\nlisten = []", '\nlisten = ["127.0.0.1:2763"]', 1)
+        tail = tail.replace("\nweb = []", '\nweb = ["127.0.0.1:8443"]', 1)
+        config.write_text(head + "\n[desk]\n" + tail)
+        may = re.sub(r"(?m)^operations = .*$", 'operations = ["echo", "store", "find"]', before[1])
+        peer.write_text(re.sub(r"(?m)^roles = .*$", 'roles = ["sender"]', may))
         restart(machine, "vault")
         restart(machine, "gate")
+        assert machine.send(CT) == [0]
         machine.run("systemctl", "start", "strongroom-desk")
         machine.wait(lambda: machine.show("desk", "ActiveState") == "active", "the desk does not start")
         folder = machine.root / "root/ct1"
@@ -534,6 +550,15 @@ def test_the_desk_is_a_user_of_its_own_that_finds_what_the_vault_tells_it_and_se
             env=DCMTK,
         )
         assert "[1CT1]" in shown.stdout + shown.stderr, shown.stderr + machine.logs()
+        posted = subprocess.run(
+            ["nsenter", f"--target={machine.pid}", "--net", sys.executable, "-c", _POST, str(folder)],
+            input=b"--b\r\n\r\n" + MR.read_bytes() + b"\r\n--b--\r\n",
+            capture_output=True,
+            check=False,
+        )
+        stored = str(pydicom.dcmread(MR).SOPInstanceUID)
+        assert stored in posted.stdout.decode(), posted.stderr.decode() + machine.logs()
+        machine.wait(lambda: stored in machine.strongroom("list", "instance"), "what was stored is not listed")
         user = Names(str(machine.root)).users["strongroom-desk"]
         for place in (
             "/var/lib/strongroom",
