@@ -17,7 +17,7 @@ import msgspec
 
 from storage import attributes, selection
 from storage.attributes import Attributes
-from storage.indexschema import INSTANCE_COLUMNS, MIGRATIONS, SERIES_COLUMNS, STUDY_COLUMNS
+from storage.indexschema import INSTANCE_COLUMNS, MIGRATIONS, REFERRER, SERIES_COLUMNS, STUDY_COLUMNS, empty
 from storage.pack import Frame
 from storage.packfile import Record
 from storage.query import Query, Scope, answers
@@ -84,9 +84,7 @@ class Index:
     def begin_anew(self) -> None:
         """Empty the index and note that it is being filled."""
         with transaction(self._db):
-            for table in ("instance", "series", "study", "pack", "unreadable"):
-                self._db.execute(f"DELETE FROM {table}")  # noqa: S608
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('filling', '0')")
+            empty(self._db)
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
@@ -338,16 +336,8 @@ class Index:
     def describe(self, found: Attributes) -> None:
         """Let an instance describe its study and series, unless another one did before."""
         study = found.text(attributes.STUDY)
-        name = found.name("00100010")
-        self._db.execute(
-            _INSERT_STUDY,
-            [
-                study,
-                "=".join(name.get(g, "") for g in _GROUPS).rstrip("="),
-                *(fold(name.get(g, "")) for g in _GROUPS),
-                *_columns(found, STUDY_COLUMNS),
-            ],
-        )
+        names = (*_name(found, "00100010"), *_name(found, "00080090"))
+        self._db.execute(_INSERT_STUDY, [study, *names, *_columns(found, STUDY_COLUMNS)])
         self._db.execute(_INSERT_SERIES, [study, found.text(attributes.SERIES), *_columns(found, SERIES_COLUMNS)])
         if found.text("00100020"):
             self._db.execute(_NAME_PATIENT, [found.text("00100020"), found.text("00100021"), study])
@@ -461,13 +451,19 @@ def _columns(found: Attributes, columns: dict[str, str]) -> list[str]:
     return [found.text(tag) for tag in columns.values()]
 
 
+def _name(found: Attributes, tag: str) -> list[str]:
+    """Return a name as it is returned, and its component groups as searches compare them."""
+    name = found.name(tag)
+    return ["=".join(name.get(g, "") for g in _GROUPS).rstrip("="), *(fold(name.get(g, "")) for g in _GROUPS)]
+
+
 def _insert(table: str, *columns: str) -> str:
     # The first instance of a study or series describes it; a repeated record changes nothing.
     marks = ", ".join("?" * len(columns))
     return f"INSERT OR IGNORE INTO {table} ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608
 
 
-_INSERT_STUDY = _insert("study", "uid", "patient_name", *NAMES, *STUDY_COLUMNS)
+_INSERT_STUDY = _insert("study", "uid", "patient_name", *NAMES, *REFERRER, *STUDY_COLUMNS)
 # Where the first instance named no patient, another one does: a hold on a patient must find the study.
 _NAME_PATIENT = "UPDATE study SET patient_id = ?, patient_id_issuer = ? WHERE uid = ? AND patient_id = ''"
 _INSERT_SERIES = _insert("series", "study", "uid", *SERIES_COLUMNS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from storage.search import NAMES
 from storage.sqlite import Database, Migrations
 
@@ -16,6 +18,7 @@ STUDY_COLUMNS = {
     "accession": "00080050",
     "study_id": "00200010",
     "study_description": "00081030",
+    "timezone": "00080201",
 }
 SERIES_COLUMNS = {
     "modality": "00080060",
@@ -25,19 +28,28 @@ SERIES_COLUMNS = {
     "series_description": "0008103E",
     "body_part": "00180015",
     "station_name": "00081010",
+    "step_date": "00400244",
+    "step_time": "00400245",
 }
 INSTANCE_COLUMNS = {
     "instance_number": "00200013",
     "frames": "00280008",
     "rows": "00280010",
     "columns": "00280011",
+    "bits_allocated": "00280100",
 }
+# What the first tables did not have.
+_LATER = {"timezone", "step_date", "step_time", "bits_allocated"}
+# A name as it is returned, and its component groups as searches compare them.
+REFERRER = ("referrer", "referrer_alphabetic", "referrer_ideographic", "referrer_phonetic")
 MIGRATIONS = Migrations("index")
 
 
 @MIGRATIONS(name="1-tables")
 def _tables(db: Database) -> None:
-    text = dict.fromkeys
+    def text(columns: Iterable[str]) -> dict[str, type[str]]:
+        return {column: str for column in columns if column not in _LATER}
+
     db.table("pack").create(
         {"id": str, "place": str, "study": str, "admission": int, "scanned": int, "length": int},
         pk="id",
@@ -45,11 +57,11 @@ def _tables(db: Database) -> None:
     )
     db.table("pack").create_index(["admission"])
     db.table("study").create(
-        {"uid": str, "patient_name": str, **text(NAMES, str), **text(STUDY_COLUMNS, str)}, pk="uid", strict=True
+        {"uid": str, "patient_name": str, **text(NAMES), **text(STUDY_COLUMNS)}, pk="uid", strict=True
     )
     for column in ("patient_id", "name_alphabetic", "study_date", "accession"):
         db.table("study").create_index([column])
-    db.table("series").create({"study": str, "uid": str, **text(SERIES_COLUMNS, str)}, pk=("study", "uid"), strict=True)
+    db.table("series").create({"study": str, "uid": str, **text(SERIES_COLUMNS)}, pk=("study", "uid"), strict=True)
     db.table("series").create_index(["uid"])
     db.table("series").create_index(["modality"])
     db.table("instance").create(
@@ -67,7 +79,7 @@ def _tables(db: Database) -> None:
             "uid": str,
             "sop_class": str,
             "transfer_syntax": str,
-            **text(INSTANCE_COLUMNS, str),
+            **text(INSTANCE_COLUMNS),
             "undecoded": int,
             "received_at": str,
             "association": str,
@@ -130,3 +142,21 @@ def _query(db: Database) -> None:
     db.execute("DROP INDEX idx_study_patient_id")
     db.execute("CREATE INDEX held_seen ON instance (study, series, calling, sop_class) WHERE state = 'held'")
     db.execute("DROP INDEX held_series")
+
+
+@MIGRATIONS(name="7-what-qido-returns")
+def _what_qido_returns(db: Database) -> None:
+    more = {"study": [*REFERRER, "timezone"], "series": ["step_date", "step_time"], "instance": ["bits_allocated"]}
+    for table, columns in more.items():
+        for column in columns:
+            db.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
+    if db.execute("SELECT 1 FROM pack LIMIT 1").fetchone() is not None:
+        # What they are of the rows that there are, the packs say: they are read anew.
+        empty(db)
+
+
+def empty(db: Database) -> None:
+    """Remove every row, and note that the index is to be filled anew."""
+    for table in ("instance", "series", "study", "pack", "unreadable"):
+        db.execute(f"DELETE FROM {table}")  # noqa: S608
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('filling', '0')")

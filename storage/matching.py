@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from storage.attributes import is_uid
-from storage.search import NAMES, fold, glob
+from storage.search import fold, glob
 
 # A name has three groups of 64 characters at most, and each value but a UID is a test of its own of every row.
 TEXT_LIMIT = 1024
 VALUES_LIMIT = 64
+_GROUPS = ("alphabetic", "ideographic", "phonetic")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _DAY = re.compile(r"[0-9]{8}", re.ASCII)
 _TIME = re.compile(r"([01][0-9]|2[0-3])([0-5][0-9](([0-5][0-9]|60)(\.[0-9]{1,6})?)?)?", re.ASCII)
@@ -60,7 +61,7 @@ def condition(tag: str, vr: str, column: str, values: Sequence[str], take: Param
     Args:
         tag: The key's, for messages.
         vr: Its value representation: UI, DA, TM, IS, US, PN or one of text.
-        column: What is tested; of names, the alias of the table.
+        column: What is tested; of names, what the columns of its component groups begin with.
         values: Unicode text; empty ones are none.
         take: Takes the values that the test is made with.
 
@@ -108,8 +109,8 @@ def _of_text(column: str, text: str, take: Parameters) -> str:
     return f"{column} = {take(text)}"
 
 
-def _of_name(table: str, text: str, take: Parameters) -> str:
-    columns = [f"{table}.{name}" for name in NAMES]
+def _of_name(column: str, text: str, take: Parameters) -> str:
+    columns = [f"{column}_{group}" for group in _GROUPS]
     groups = text.split("=")
     if len(groups) == 1:
         tests = [_of_group(column, text, take) for column in columns]

@@ -59,8 +59,9 @@ class Query(msgspec.Struct, forbid_unknown_fields=True):
 class Attribute(NamedTuple):
     """An attribute that the index has, under its keyword of PS3.6.
 
-    ``column`` is the SQL that returns it, ``tested`` what keys are compared with (of names, the table; empty: keys are
-    ignored), ``among`` where that is looked for if it is not the row itself; ``several``: it has many values.
+    ``column`` is the SQL that returns it; ``tested`` what keys are compared with (of names, what the columns of their
+    component groups begin with; empty: keys are ignored), ``among`` where that is looked for if it is not the row
+    itself; ``several``: it has many values.
     """
 
     keyword: str
@@ -123,7 +124,7 @@ def _of_patient(what: str, where: str) -> str:
 
 
 _PATIENT = {
-    "00100010": Attribute("PatientName", "PN", "s.patient_name", "s"),
+    "00100010": Attribute("PatientName", "PN", "s.patient_name", "s.name"),
     "00100020": _own("PatientID", "LO", "s.patient_id"),
     "00100021": _own("IssuerOfPatientID", "LO", "s.patient_id_issuer"),
     "00100030": _own("PatientBirthDate", "DA", "s.patient_birth_date"),
@@ -153,6 +154,8 @@ _STUDY = {
         f"EXISTS (SELECT 1 {_instances(*_STUDYS)} AND {{test}})",
         several=True,
     ),
+    "00080090": Attribute("ReferringPhysicianName", "PN", "s.referrer", "s.referrer"),
+    "00080201": Attribute("TimezoneOffsetFromUTC", "SH", "s.timezone"),
     "00081030": _own("StudyDescription", "LO", "s.study_description"),
     "00200010": _own("StudyID", "SH", "s.study_id"),
     "00201206": _count("NumberOfStudyRelatedSeries", f"(SELECT count(*) {_series(*_STUDYS)})"),
@@ -167,6 +170,8 @@ _SERIES = {
     "0008103E": _own("SeriesDescription", "LO", "e.series_description"),
     "00180015": _own("BodyPartExamined", "CS", "e.body_part"),
     "00200011": _own("SeriesNumber", "IS", "e.series_number"),
+    "00400244": _own("PerformedProcedureStepStartDate", "DA", "e.step_date"),
+    "00400245": _own("PerformedProcedureStepStartTime", "TM", "e.step_time"),
     "00201209": _count("NumberOfSeriesRelatedInstances", f"(SELECT count(*) FROM instance n WHERE {_held('e')})"),
 }
 _IMAGE = {
@@ -177,6 +182,7 @@ _IMAGE = {
     "00280008": _own("NumberOfFrames", "IS", "i.frames"),
     "00280010": _own("Rows", "US", "i.rows"),
     "00280011": _own("Columns", "US", 'i."columns"'),
+    "00280100": _own("BitsAllocated", "US", "i.bits_allocated"),
 }
 # What can be asked for at each level: attributes of its own and of the levels above.
 SUPPORTED: dict[str, dict[str, Attribute]] = {

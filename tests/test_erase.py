@@ -753,7 +753,7 @@ def test_an_erasure_that_ends_before_any_of_its_steps_is_finished(
         house.vault.admit()
         house.put(3)
         house.close_packs()
-        house.vault.unlocked().archive.incoming.joinpath(pack).write_bytes(copy)
+        (house.config.incoming / pack).write_bytes(copy)
         left = at
         with monkeypatch.context() as patched:
             for owner, name in STEPS:

@@ -18,7 +18,7 @@ from storage.query import SUPPORTED, Query, Scope, statement
 from storescp.desk.web_dataset import vr_of
 
 STUDY, SERIES, INSTANCE = "0020000D", "0020000E", "00080018"
-RETRIEVE_URL, AVAILABILITY, CHARACTER_SET = "00081190", "00080056", "00080005"
+RETRIEVE_URL, AVAILABILITY, CHARACTER_SET, TIMEZONE = "00081190", "00080056", "00080005", "00080201"
 # More than so many results are several requests.
 RESULTS_LIMIT = 10_000
 _NAME = re.compile(r"[0-9A-Za-z_.]{1,64}", re.ASCII)
@@ -26,8 +26,8 @@ _TAG = re.compile(r"[0-9A-Fa-f]{8}", re.ASCII)
 _COUNT = re.compile(r"[0-9]{1,9}", re.ASCII)
 # What is returned without being asked for (PS3.18 tables 10.6.3-3 to 10.6.3-5), as far as there is anything to return.
 _OF_STUDY = (
-    "00080020", "00080030", "00080050", "00080061", "00080090", "00100010", "00100020", "00100030", "00100040",
-    STUDY, "00200010", "00201206", "00201208",
+    "00080020", "00080030", "00080050", "00080061", "00080090", TIMEZONE, "00100010", "00100020", "00100030",
+    "00100040", STUDY, "00200010", "00201206", "00201208",
 )  # fmt: skip
 _OF_SERIES = ("00080060", "0008103E", SERIES, "00200011", "00201209", "00400244", "00400245")
 _OF_INSTANCE = ("00080016", INSTANCE, "00200013", "00280008", "00280010", "00280011", "00280100")
@@ -113,6 +113,8 @@ def document(row: Mapping[str, list[str]], asked: Search, base: str) -> dict[str
     found = {
         tag: _element(known[tag].vr if tag in known else vr_of(int(tag, 16)), row.get(tag, []))
         for tag in asked.returned
+        # Without a value it would say something else than nothing.
+        if tag != TIMEZONE or row.get(tag)
     }
     found[CHARACTER_SET] = {"vr": "CS", "Value": ["ISO_IR 192"]}
     found[AVAILABILITY] = {"vr": "CS", "Value": ["ONLINE"]}

@@ -167,7 +167,7 @@ def test_what_matches_nothing_has_no_content(desk: Desk) -> None:
 
 
 def test_pages_and_what_is_not_matched_are_told_in_warnings(desk: Desk) -> None:
-    first = desk.get("/studies?limit=2&fuzzymatching=true&ReferringPhysicianName=x")
+    first = desk.get("/studies?limit=2&fuzzymatching=true&PerformingPhysicianName=x")
     assert len(first.json()) == 2
     said = first.headers.get_all("Warning")
     assert said is not None

@@ -162,8 +162,8 @@ def test_limit_and_offset_are_a_page_and_one_more_is_asked_for() -> None:
 def test_what_is_not_done_is_a_warning() -> None:
     assert search("STUDY", ("fuzzymatching", "false")).warnings == []
     assert "fuzzymatching parameter is not supported" in search("STUDY", ("fuzzymatching", "true")).warnings[0]
-    asked = search("STUDY", ("ReferringPhysicianName", "secret"), ("00400275.00400009", "secret"))
-    assert asked.warnings == ["these keys are not matched here: 00400275.00400009, ReferringPhysicianName"]
+    asked = search("STUDY", ("PerformingPhysicianName", "secret"), ("00400275.00400009", "secret"))
+    assert asked.warnings == ["these keys are not matched here: 00400275.00400009, PerformingPhysicianName"]
     assert asked.query.match == {}
 
 
