@@ -111,6 +111,8 @@ class Server(uvicorn.Server):
             timeout_keep_alive=int(idle_seconds) + 1,
         )
         super().__init__(config)
+        # What it would log names nothing that ours does not, and its requests are patients'.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._policy = policy
         self._listening = sockets
         self._most = most
@@ -123,8 +125,6 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept."""
         self.servers = []
-        # What it would log names nothing that ours does not, and its requests are patients'.
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._work = [asyncio.create_task(self._accept(sock)) for sock in self._listening]
         self._work.append(asyncio.create_task(self._watch()))
         self.started = True
