@@ -35,6 +35,8 @@ class Archive:
             inboxes: Where deposits lie; one that is not there has none.
         """
         self.inboxes = inboxes
+        # Those of them that could not be read when it was last tried.
+        self.unseen: set[Path] = set()
         self._objects = root / "objects"
         self._quarantine = root / "quarantine"
         # Copies under way; what lies here at a start is of no use to anybody.
@@ -74,13 +76,26 @@ class Archive:
         with os.scandir(first) as entries:
             yield from entries
         for inbox in others:
-            # Whoever stores nothing by another way has no folder for it.
-            with contextlib.suppress(FileNotFoundError), os.scandir(inbox) as entries:
-                yield from entries
+            self.unseen.discard(inbox)
+            try:
+                with os.scandir(inbox) as entries:
+                    yield from entries
+            except FileNotFoundError:
+                # Whoever stores nothing by another way has no folder for it.
+                continue
+            except OSError:
+                # It is another user's, who may close it: what the gate deposits does not wait for that.
+                self.unseen.add(inbox)
 
     def waiting(self, name: str) -> list[Path]:
         """Return the deposits, or what became of them, of a name: one, unless two who deposit took the same."""
-        return [path for path in (inbox / name for inbox in self.inboxes) if path.exists()]
+        found = []
+        for path in (inbox / name for inbox in self.inboxes):
+            # A folder that its user closed has none that could be taken now.
+            with contextlib.suppress(OSError):
+                path.stat()
+                found.append(path)
+        return found
 
     def is_deposit(self, path: Path) -> bool:
         """Tell whether a path is one of a deposit."""

@@ -61,16 +61,15 @@ def deposit(folder: Path, store_id: bytes, keys: Keys, content: bytes) -> None:
         raise
 
 
-def found(first: Path, *others: Path) -> list[Path]:
-    """Return the files of events in folders, the oldest first; only the first one must be there."""
+def found(folder: Path) -> list[Path]:
+    """Return the files of events in a folder, the oldest first."""
     mine = []
-    for folder in (first, *(folder for folder in others if folder.exists())):
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(SUFFIX):
-                    # Whoever writes the folder could remove it again in this moment.
-                    with contextlib.suppress(FileNotFoundError):
-                        mine.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(SUFFIX):
+                # Whoever writes the folder could remove it again in this moment.
+                with contextlib.suppress(FileNotFoundError):
+                    mine.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path))
     return [Path(path) for _, path in sorted(mine)]
 
 

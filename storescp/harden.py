@@ -70,14 +70,7 @@ def check_vault(config: Config) -> None:
     Raises:
         StrongroomError: With every place that is wrong, and how to mend it.
     """
-    faults = vault_faults(config, os.geteuid())
-    wanted = os.R_OK | os.W_OK | os.X_OK
-    faults += [
-        f"the vault cannot read and write {inbox}: make it its group's, with the set-group-ID bit"
-        for inbox in config.inboxes
-        if inbox.exists() and not os.access(inbox, wanted)
-    ]
-    _raise(faults, "vault")
+    _raise(vault_faults(config, os.geteuid()), "vault")
 
 
 def vault_faults(config: Config, own: int) -> list[str]:
@@ -92,7 +85,6 @@ def vault_faults(config: Config, own: int) -> list[str]:
         *_private(config.anchors, own),
         *_private(config.keyring, own),
         *_not_for_all(config.incoming),
-        *(_not_for_all(config.desk_incoming) if config.desk_incoming.exists() else ()),
         *_not_for_all(config.public),
     ]
     if config.settings.gate.user:
@@ -132,6 +124,11 @@ def gate_faults(config: Config) -> list[str]:
     if found is not None and found.st_mode & 0o037:
         faults.append(f"{config.private_key} can be read by others: chmod 0640 or 0600")
     return faults
+
+
+def desk_faults(config: Config) -> list[str]:
+    """Return what is wrong with the mode of the folder that the desk deposits in. It is no reason not to start."""
+    return _not_for_all(config.desk_incoming) if config.desk_incoming.exists() else []
 
 
 def _private(path: Path, owner: int) -> list[str]:

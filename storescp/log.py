@@ -29,8 +29,10 @@ def set_up(process: str, form: str, level: str) -> None:
     warnings.simplefilter("ignore")
     # They would log what peers send, patient data included.
     for name in ("pynetdicom", "pydicom", "PIL", "python_multipart"):
-        logging.getLogger(name).disabled = True
-        logging.getLogger(name).propagate = False
+        found = logging.getLogger(name)
+        found.disabled = found.propagate = False
+        # Those below it would find no handler, and then write to standard error themselves.
+        found.handlers[:] = [logging.NullHandler()]
 
 
 def escape(text: str) -> str:

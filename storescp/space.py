@@ -83,3 +83,13 @@ class Watch:
         if self._room < 0:
             return "the archive has less free space than store.reserve_bytes and what waits for admission"
         return ""
+
+
+def shortage(config: Config) -> str:
+    """Return why something is not received now, at the gate or by the desk; empty if all is."""
+    if short := Watch(config, config.incoming).shortage():
+        return short
+    # The desk's user may close its folder, and need not have one.
+    with contextlib.suppress(OSError):
+        return Watch(config, config.desk_incoming).shortage()
+    return ""

@@ -54,7 +54,7 @@ def run(config: Config) -> None:
     stop.on(signal.SIGTERM, signal.SIGINT)
     try:
         desk = _Desk(config)
-    except (PeerError, CrlError, DepositError, OSError) as error:
+    except (PeerError, CrlError, OSError) as error:
         raise StrongroomError(f"the desk cannot start: {error}") from error
     signal.signal(signal.SIGHUP, lambda *_: desk.again())
     desk.start()
@@ -86,7 +86,7 @@ class _Desk:
         self._connections: Connections[Session] = Connections(self._policy, self._serving)
         self._asking = asking
         self._web: Web | None = None
-        self._storing = Storing(config) if self._settings.web else None
+        self._storing = _storing(config) if self._settings.web else None
         self._room = threading.BoundedSemaphore(self._settings.maximum_associations)
         self._count = 0
         self._again = False
@@ -103,7 +103,7 @@ class _Desk:
                 self._listening.append(listeners.bind(*parse_address(text)))
         except OSError as error:
             raise StrongroomError(f"the desk cannot listen on {text}: {error.strerror}") from error
-        if self._storing is not None:
+        if self._settings.web:
             from storescp.desk.web import Web
 
             self._web = Web(self._config, lambda: self._policy, self._asking, self._storing)
@@ -199,6 +199,15 @@ class _Desk:
         config = self._config
         files = [config.desk_certificate, config.desk_private_key, *config.trust, *config.crls]
         return (peers.stamp(config.peers), *(_stamp(str(path)) for path in files))
+
+
+def _storing(config: Config) -> Storing | None:
+    """Return what stores, or None where that cannot be: who finds and fetches does not wait for it."""
+    try:
+        return Storing(config)
+    except (DepositError, OSError) as error:
+        log.warning("DICOMweb stores nothing here until the desk is started again: %s", error)
+        return None
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

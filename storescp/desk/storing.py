@@ -6,6 +6,7 @@ The desk seals what it can then open no more; the vault copies, opens and judges
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 
@@ -22,6 +23,7 @@ from storescp.gate.origin import Origin
 from storescp.gate.quota import Allowances, Quotas, Use
 from storescp.gate.status import Reason, RefusedError
 from storescp.gate.transfer import ENCODINGS
+from storescp.inboxes import owners
 from storescp.peers import Peer
 from storescp.space import Watch
 
@@ -38,10 +40,13 @@ class Storing:
         """Prepare.
 
         Raises:
-            DepositError: No deposit key is published, or the folder is missing.
+            DepositError: No deposit key is published, the folder is missing, or the vault would not look there.
+            StrongroomError: The gate's user does not exist.
             OSError: Free space cannot be seen.
         """
         settings, inbox = config.settings.gate, config.desk_incoming
+        if owners(config).get(inbox) != os.geteuid():
+            raise DepositError("the vault takes nothing from this user: desk.user names another one, or nobody")
         store_id = store_id_of(config.signing_key)
         keys = PublishedKeys(config.public, config.signing_key)
         self._deposits = Deposits(

@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 class Web:
     """The desk's web server."""
 
-    def __init__(self, config: Config, policy: Callable[[], Policy], asking: Asking, storing: Storing) -> None:
+    def __init__(self, config: Config, policy: Callable[[], Policy], asking: Asking, storing: Storing | None) -> None:
         """Prepare.
 
         Args:
             config: The configuration; ``desk.web`` says where to listen.
             policy: Returns what connections and requests are judged by at this moment.
             asking: The way to the vault.
-            storing: Where what is stored goes.
+            storing: Where what is stored goes; None where nothing can be.
         """
         self._settings = config.settings.desk
         self._policy = policy

@@ -44,6 +44,7 @@ _HEADERS = (
 )
 # Of a body that is refused, what is still read.
 _TAKE_BYTES, _TAKE_SECONDS = 1 << 20, 2.0
+_RETRY_SECONDS = "60"
 _STUDY = "/studies/{study}"
 _SERIES = _STUDY + "/series/{series}"
 _INSTANCE = _SERIES + "/instances/{instance}"
@@ -51,13 +52,13 @@ _INSTANCE = _SERIES + "/instances/{instance}"
 log = logging.getLogger(__name__)
 
 
-def application(config: Config, policy: Callable[[], Policy], asking: Asking, storing: Storing) -> ASGIApp:
+def application(config: Config, policy: Callable[[], Policy], asking: Asking, storing: Storing | None) -> ASGIApp:
     """Return the whole application."""
     return Front(policy, _router(config, asking, storing))
 
 
-def _router(config: Config, asking: Asking, storing: Storing) -> ASGIApp:
-    store = WebStore(config, storing).store
+def _router(config: Config, asking: Asking, storing: Storing | None) -> ASGIApp:
+    store = WebStore(config, storing).store if storing is not None else _no_store
     searching = Searching(asking, config.settings.desk.maximum_associations)
     retrieving = Retrieving(asking, config.settings.desk.maximum_associations)
     routes = [
@@ -89,6 +90,11 @@ def _router(config: Config, asking: Asking, storing: Storing) -> ASGIApp:
 
 async def _nowhere(request: Request) -> Response:
     raise Refusal(404)
+
+
+async def _no_store(request: Request) -> Response:
+    request.state.told.kind = "store"
+    raise Refusal(503, "nothing can be stored here; the desk's log says why", retry_after=_RETRY_SECONDS)
 
 
 class Front:
@@ -168,7 +174,8 @@ class Front:
 
 async def _let_read(scope: Scope, receive: Receive, told: Told) -> None:
     """Take a short body that is refused: whoever is still sending when the connection is closed reads no answer."""
-    if scope["method"] != "POST" or told.taken or b"expect" in dict(scope["headers"]):
+    waits = b"expect" in dict(scope["headers"]) and not told.taking
+    if scope["method"] != "POST" or told.taken or waits:
         return
     taken = 0
     with contextlib.suppress(TimeoutError):

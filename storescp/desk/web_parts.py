@@ -7,6 +7,7 @@ Source: PS3.18 10.5; PS3.10 7.1; RFC 2046 5.1.
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from pydicom.tag import Tag
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from storage.attributes import is_uid
 from storescp.desk.web_accept import DICOM
 from storescp.gate.incoming import Incoming
 from storescp.gate.status import Reason, RefusedError
@@ -38,7 +40,7 @@ class PartsError(Exception):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What became of a part; ``reason`` says why it is not stored. UIDs are empty where the file names none."""
+    """What became of a part; ``reason`` says why it is not stored. UIDs are empty where the file has not both."""
 
     sop_class: str
     sop_instance: str
@@ -80,7 +82,9 @@ class _Upload:
                 raise RefusedError(self._reason or Reason.UNPARSABLE)
             incoming.end()
         except RefusedError as refused:
-            return Outcome(*self._uids[:2], reason=refused.reason)
+            # What is no UID could be anything, of any length.
+            named = self._uids[:2] if all(map(is_uid, self._uids[:2])) else ("", "")
+            return Outcome(*named, reason=refused.reason)
         return Outcome(*self._uids[:2], incoming.study, incoming.series, incoming.size)
 
     def abandon(self) -> None:
@@ -123,6 +127,9 @@ class Parts:
         self._upload: _Upload | None = None
         self.outcomes: list[Outcome] = []
         self.ended = False
+        # A server that stops may close it while a thread still feeds it.
+        self._lock = threading.Lock()
+        self._closed = False
         # When the part that is under way began.
         self.began = time.monotonic()
         if not 0 < len(boundary) <= 70:
@@ -150,16 +157,21 @@ class Parts:
         Raises:
             PartsError: They are not what a multipart body has there.
         """
-        try:
-            self._parser.write(data)
-        except MultipartParseError:
-            raise PartsError("the body is not multipart, or has another boundary") from None
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                self._parser.write(data)
+            except MultipartParseError:
+                raise PartsError("the body is not multipart, or has another boundary") from None
 
     def close(self) -> None:
         """Drop the part that is under way."""
-        upload, self._upload = self._upload, None
-        if upload is not None:
-            upload.abandon()
+        with self._lock:
+            self._closed = True
+            upload, self._upload = self._upload, None
+            if upload is not None:
+                upload.abandon()
 
     def _part_begin(self) -> None:
         if len(self.outcomes) >= PARTS_LIMIT:

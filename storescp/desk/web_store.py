@@ -25,7 +25,6 @@ from storescp.desk.web_stream import BrokenOffError, Threads
 from storescp.gate.describe import Describer
 from storescp.gate.journal import studies
 from storescp.gate.origin import Origin, new_association_id
-from storescp.peers import Peer
 
 # What is handed to a thread at a time.
 _PIECE_BYTES = 256 << 10
@@ -55,14 +54,17 @@ class WebStore:
         origin = Origin(
             new_association_id(), peer.ae_title, self._title, request.state.address, request.state.fingerprint
         )
-        tally = _Tally(self._storing, peer, origin)
         describer = Describer()
         try:
             parts = Parts(
-                boundary, lambda uids: self._storing.begin(uids, peer, origin, describer, study), tally.stored
+                boundary,
+                lambda uids: self._storing.begin(uids, peer, origin, describer, study),
+                lambda outcome: self._storing.took(peer, outcome.size),
             )
         except PartsError as error:
             raise Refusal(400, str(error)) from None
+        told.taking = True
+        tally = _Tally(self._storing, origin)
         ending = "broken off"
         try:
             await self._take(request, parts)
@@ -111,9 +113,8 @@ class WebStore:
 class _Tally:
     """What a request stored, for the audit chain: as an association is recorded."""
 
-    def __init__(self, storing: Storing, peer: Peer, origin: Origin) -> None:
+    def __init__(self, storing: Storing, origin: Origin) -> None:
         self._storing = storing
-        self._peer = peer
         self._who = {
             "association": origin.association,
             "calling": origin.calling,
@@ -121,9 +122,6 @@ class _Tally:
             "certificate": origin.certificate,
         }
         storing.journal.event("association-begun", by="web", **self._who)
-
-    def stored(self, outcome: Outcome) -> None:
-        self._storing.took(self._peer, outcome.size)
 
     def end(self, outcomes: Sequence[Outcome], ending: str) -> None:
         stored, reasons = dict[str, int](), dict[str, int]()

@@ -31,8 +31,8 @@ class Told:
         self.kind = "nothing"
         self.status = 0
         self.instances = 0
-        # The request's body was read to its end.
-        self.taken = False
+        # The request's body is being read, was read to its end.
+        self.taking = self.taken = False
 
 
 class Threads:

@@ -82,7 +82,7 @@ def modes(config: Config) -> tuple[str, ...] | Unseen:
         found = harden.vault_faults(config, owner)
     except StrongroomError as error:
         found = [str(error)]
-    found += harden.gate_faults(config)
+    found += harden.gate_faults(config) + harden.desk_faults(config)
     secrets = (config.key_file, config.anchor_pin_file, config.mail_password_file, config.audit_private_key)
     found += [fault for file in secrets if file is not None for fault in _secret(file)]
     backups = config.settings.schedule.backup_folder

@@ -14,6 +14,7 @@ import pydicom.charset
 import pydicom.config
 
 from storage.attributes import Attributes, Element, Received, Undecoded
+from storescp.gate import charset
 from storescp.gate.transfer import Encoding
 
 CHARACTER_SET = 0x00080005
@@ -34,7 +35,7 @@ _JIS_X_0201 = frozenset({"ISO_IR 13", "ISO 2022 IR 13"})
 # Escape sequences that select a set for the upper half and that Python's codec for it does not expect.
 _LEFT_OVER = re.compile("\x1b\\$\\)[AC]")
 
-# pydicom would replace what does not decode; here that must be an error, so that the bytes are kept. Set once, here.
+# What pydicom reads for a gate is read strictly, or not at all; text is decoded strictly whatever is set.
 pydicom.config.settings.reading_validation_mode = pydicom.config.RAISE
 
 
@@ -144,13 +145,11 @@ def _decoder(names: list[str]) -> Callable[[bytes], str]:
         # The default repertoire is 7 bit; pydicom would take 8-bit bytes for Latin-1, which is a guess.
         encodings[0] = "ascii"
     unexplained = _AFTER_ASCII if default else _NOT_JIS_X_0201 if used[0] in _JIS_X_0201 else None
-    # '^' is a delimiter too, after which the initial state holds again.
-    delimiters = {ord("^"), ord("\n"), ord("\r"), ord("\t"), ord("\f")}
 
     def decode(raw: bytes) -> str:
         if unexplained is not None and unexplained.search(raw):
             raise UnicodeError("bytes that the character set does not explain")
-        text = _LEFT_OVER.sub("", pydicom.charset.decode_bytes(raw, encodings, delimiters))
+        text = _LEFT_OVER.sub("", charset.decode(raw, encodings))
         # Codecs of UTF-16 heritage let lone surrogates pass, which are no text.
         text.encode("utf-8")
         return text

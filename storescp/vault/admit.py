@@ -166,17 +166,26 @@ class Admission:
 
         Records of packs that stay open are listed now and then only: each would be read twice.
         """
-        until = time.monotonic() + seconds
         admitted = 0
+        done = True
         if not self.fill(seconds):
             return 0, False
         with self._lock:
             self._recover()
             deposits = self._archive.deposits()
-            for path in deposits:
-                if time.monotonic() > until:
-                    return admitted, False
-                admitted += self._look_at(path, seldom=True)
+            self._tell_unseen()
+            for inbox in self._archive.inboxes:
+                # Each has its part of the time: who fills one of them does not hold up the other.
+                until = time.monotonic() + seconds / len(self._archive.inboxes)
+                for path in deposits:
+                    if path.parent != inbox:
+                        continue
+                    if time.monotonic() > until:
+                        done = False
+                        break
+                    admitted += self._look_at(path, seldom=True)
+            if not done:
+                return admitted, False
             present = {path.name for path in deposits}
             self._listed = {name: when for name, when in self._listed.items() if name in present}
             self._tidy(present)
@@ -247,7 +256,9 @@ class Admission:
         """Check what a deposit's name stands for before it is opened; remove what can be none."""
         found = path.lstat()
         if stat.S_ISDIR(found.st_mode):
-            self._say_once(path.name, f"{path.name} in {path.parent.name} is a folder and is left where it is")
+            # One for all: whoever makes many fills neither memory nor log.
+            said = f"{path.name} in {path.parent.name} is a folder and is left where it is, as others are that follow"
+            self._say_once(f"folders in {path.parent.name}", said)
             return False
         if not stat.S_ISREG(found.st_mode):
             log.error("%s in %s is no regular file and is removed", path.name, path.parent.name)
@@ -306,6 +317,10 @@ class Admission:
             self._filing.apply(decision)
 
     # --- telling
+
+    def _tell_unseen(self) -> None:
+        for inbox in self._archive.unseen:
+            self._say_once(str(inbox), f"{inbox.name} cannot be read: what is in it waits until its user opens it")
 
     def _say_once(self, what: str, message: str) -> None:
         if what not in self._said:

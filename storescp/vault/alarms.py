@@ -63,7 +63,7 @@ def look(vault: Vault, alerts: Alerts, now: Callable[[], float] = time.time) -> 
     Raises:
         OSError: The disk refused to be looked at.
     """
-    _say(alerts, "space-short", bool(space.Watch(vault.config, vault.config.incoming).shortage()))
+    _say(alerts, "space-short", bool(space.shortage(vault.config)))
     _say(alerts, "audit-fault", bool(vault.auditor.fault))
     # Nobody locks it while it is looked at.
     with vault.admitting() as opened:

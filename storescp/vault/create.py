@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import pwd
 from datetime import UTC, datetime
@@ -190,6 +191,10 @@ def hand_over(config: Config, users: tuple[str, str], secrets: list[Path]) -> No
     # The set-group-id bit gives deposits the vault's group, which may read them and remove what it has admitted.
     os.chown(config.incoming, gate.pw_uid, vault.pw_gid)
     config.incoming.chmod(0o2770)
+    with contextlib.suppress(KeyError):
+        desk = pwd.getpwnam(config.settings.desk.user)
+        os.chown(config.desk_incoming, desk.pw_uid, vault.pw_gid)
+        config.desk_incoming.chmod(0o2770)
     for folder in (config.file.parent, config.incoming.parent, config.certificate.parent):
         if folder.exists():
             folder.chmod(0o755)

@@ -88,19 +88,25 @@ class GateEvents:
 
     def take(self, ring: Keyring, ledger: Ledger, owners: Mapping[Path, int]) -> bool:
         """Take events into the chain; what cannot be recorded stays where it is. Tell whether any were taken."""
-        until = time.monotonic() + _TAKE_SECONDS
         waiting, taken = "", False
-        try:
-            for path in events.found(*owners):
-                try:
-                    self._take(path, ring, ledger, owners[path.parent])
-                    taken = True
-                except (OSError, KeyringError, AnchorError, DatabaseError) as error:
-                    waiting = waiting or f"{_printable(path.name)}: {error}"
-                if time.monotonic() > until:
-                    break
-        except (StrongroomError, OSError) as error:
-            waiting = str(error)
+        for folder, owner in owners.items():
+            # Each by itself: who fills or closes one of them does not hold up the other.
+            until = time.monotonic() + _TAKE_SECONDS
+            try:
+                for path in events.found(folder):
+                    try:
+                        self._take(path, ring, ledger, owner)
+                        taken = True
+                    except (OSError, KeyringError, AnchorError, DatabaseError) as error:
+                        waiting = waiting or f"{_printable(path.name)}: {error}"
+                    if time.monotonic() > until:
+                        break
+            except FileNotFoundError:
+                # Whoever stores nothing by another way has no folder for it.
+                if folder != self._restricted:
+                    waiting = f"{folder.name} is missing"
+            except (StrongroomError, OSError) as error:
+                waiting = str(error)
         if waiting and waiting != self._waiting:
             log.error("the gate's events wait: %s", waiting)
         self._waiting = waiting

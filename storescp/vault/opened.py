@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import pwd
 import queue
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 
@@ -21,7 +18,7 @@ from storage.ledger import Ledger
 from storage.retentionrules import QUARANTINE
 from storescp import space
 from storescp.config import Config
-from storescp.errors import StrongroomError
+from storescp.inboxes import owners
 from storescp.vault.admit import Admission, Retired
 from storescp.vault.filing import study_tag
 
@@ -188,27 +185,3 @@ def database_version(config: Config, ring: Keyring) -> int:
     """Return under which version's keys the databases are: in the middle of a rotation not the newest one's."""
     known = [record.version for record in ring.body.versions if config.ledger(record.version).exists()]
     return max(known, default=ring.current().version)
-
-
-def owners(config: Config) -> dict[Path, int]:
-    """Return whose deposits are taken out of which folder: the gate's and the desk's own users, or the vault's.
-
-    Where the gate is another user, and the desk has none, nothing is taken out of the desk's folder.
-
-    Raises:
-        StrongroomError: A configured user does not exist.
-    """
-    gate, desk = config.settings.gate.user, config.settings.desk.user
-    if not gate:
-        return dict.fromkeys(config.inboxes, os.geteuid())
-    found = {config.incoming: _uid("gate.user", gate)}
-    if desk:
-        found[config.desk_incoming] = _uid("desk.user", desk)
-    return found
-
-
-def _uid(key: str, name: str) -> int:
-    try:
-        return pwd.getpwnam(name).pw_uid
-    except KeyError as error:
-        raise StrongroomError(f"{key}: there is no user {name} on this machine") from error

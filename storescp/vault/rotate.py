@@ -181,7 +181,7 @@ class Rotate:
         """Wait until no worker can make another pack under the old version; keep which there are.
 
         Raises:
-            StrongroomError: A process still holds the old deposit key.
+            StrongroomError: A process still holds the old deposit key, or deposits cannot be seen.
         """
         path = self._config.public / f"deposit-{rotation.old}.key"
         if path.exists():
@@ -195,7 +195,13 @@ class Rotate:
                         )
                     time.sleep(0.1)
         with self._step(open_):
-            rotation.sealed_off = sorted(p.name for p in open_.archive.deposits() if _version_of(p) == rotation.old)
+            deposits = open_.archive.deposits()
+            if open_.archive.unseen:
+                raise StrongroomError(
+                    f"{', '.join(p.name for p in open_.archive.unseen)} cannot be read: what is in it may need the key",
+                    hint="give the folder its mode again (2770); 'strongroom keys rotate' goes on where it stopped",
+                )
+            rotation.sealed_off = sorted(p.name for p in deposits if _version_of(p) == rotation.old)
             open_.ledger.set_rotation(rotation)
             open_.retire()
 
@@ -368,8 +374,15 @@ class Rotate:
     def _naming(self, version: int) -> list[str]:
         """Return which deposits and events need a version to be opened."""
         open_ = self._vault.unlocked()
-        found = [*open_.archive.deposits(), *events.found(*self._config.inboxes)]
-        return [path.name for path in found if _version_of(path) == version]
+        archive = open_.archive
+        found = archive.deposits()
+        for inbox in self._config.inboxes:
+            if inbox not in archive.unseen:
+                with contextlib.suppress(FileNotFoundError):
+                    found += events.found(inbox)
+        # What cannot be seen may need it.
+        unseen = [inbox.name for inbox in archive.unseen]
+        return unseen + [path.name for path in found if _version_of(path) == version]
 
 
 def _rewrapped(open_: Open, record: StudyKeyRecord, version: int) -> tuple[StudyKeyRecord, int, bytes]:

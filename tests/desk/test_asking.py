@@ -226,7 +226,7 @@ def test_counts_lists_and_unsupported_keys_are_answered_and_told(site: Site) -> 
         listed = identifier("STUDY", StudyInstanceUID=[site.study, "1.2.3"], NumberOfStudyRelatedInstances="")
         [row], _ = find(association, listed)
         assert (row.StudyInstanceUID, row.NumberOfStudyRelatedInstances) == (site.study, SLICES)
-        for key in ({}, {"ReferringPhysicianName": "X*"}, {"ReferringPhysicianName": ""}):
+        for key in ({}, {"PerformingPhysicianName": "X*"}, {"PerformingPhysicianName": ""}):
             asked = identifier("STUDY", StudyInstanceUID=site.study, **key)
             statuses.append([reply.Status for reply, _ in association.send_c_find(asked, STUDY_ROOT + "1")])
         nothing, status = find(association, identifier("STUDY", StudyInstanceUID="1.2.3.4"))

@@ -18,6 +18,8 @@ from conftest import send
 from pydicom.data import get_testdata_file
 from scu import raw_data_set
 from served import Desk, three_users
+from test_accountable import until
+from test_rotate import WAIVERS
 from test_store import exported
 from test_two_users import Forger, padded
 from test_web_store import KIND, body
@@ -26,6 +28,7 @@ from users import DESK, GATE, VAULT, being
 from storage import events
 from storage.deposit import PublishedKeys
 from storescp import config as configuration
+from storescp import harden
 
 CT, MR = (Path(str(get_testdata_file(name))) for name in ("CT_small.dcm", "MR_small.dcm"))
 NOBODYS = b"\1" * 16
@@ -128,6 +131,39 @@ def test_two_deposits_of_one_name_are_both_kept_apart_and_nothing_is_lost(three:
     if ours not in held:
         (item,) = three.ok("quarantine", "list", "--json").json()["items"]
         assert item["study"] == scu.read(CT).study
+
+
+def test_a_desk_that_closes_its_folder_stops_nobody_and_no_key_version_goes_meanwhile(three: Desk) -> None:
+    with being(DESK):
+        (inbox(three) / NOBODYS.hex()).write_bytes(forged(three, NOBODYS))
+        inbox(three).chmod(0o700)
+    assert send(three, [CT]) == [0]
+    until(lambda: len(three.list()) == 1, "what comes to the gate is not admitted")
+    assert three.status()["receiving"]
+    done = three.run("keys", "rotate", "--reason", "a test", *WAIVERS)
+    assert (done.status, "cannot be read" in done.err) == (1, True), done.err
+    assert three.stop() == 0
+    three.log.clear()
+    # The supervisor gives it its mode again.
+    three.open()
+    three.wait_admitted()
+    assert len(three.list()) == 2
+    three.ok("keys", "rotate", "--reason", "a test", *WAIVERS)
+    with being(DESK):
+        inbox(three).chmod(0o700)
+    config = configuration.load(three.config)
+    with being(VAULT):
+        harden.check_vault(config)
+
+
+def test_a_desk_that_fills_its_folder_does_not_hold_up_the_gate(three: Desk) -> None:
+    folder = inbox(three)
+    with being(DESK):
+        for number in range(20_000):
+            (folder / f"{number:032x}").mkdir()
+            os.utime(folder / f"{number:032x}", (0, 0))
+    assert send(three, [CT]) == [0]
+    until(lambda: len(three.list()) == 1, "what comes to the gate is not admitted")
 
 
 def test_the_desk_tells_the_chain_what_it_stored_and_nothing_else(three: Desk) -> None:

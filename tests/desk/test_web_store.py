@@ -217,7 +217,7 @@ def test_who_may_only_store_sees_nothing(desk: Desk, path: str) -> None:
         (lambda c: c[:140] + b"\0\0\0\0" + c[144:], "0008119A", 0xC001),
         (lambda c: c[:200], "0008119A", 0xC001),
         (lambda c: c.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.9\0", 1), "00081198", 0xC122),
-        (lambda c: c.replace(b"1.2.840.10008.5.1.4.1.1.2\0", b"1.2.840.10008.5.1.4.1.1.x\0", 1), "00081198", 0x0122),
+        (lambda c: c.replace(b"1.2.840.10008.5.1.4.1.1.2\0", b"1.2.840.10008.5.1.4.1.1.0\0", 1), "00081198", 0x0122),
         (lambda c: c.replace(b"1.2.840.10008.5.1.4.1.1.2\0", b"1.2.840.10008.5.1.4.1.1.4\0", 1), "00081198", 0xA900),
     ],
     ids=["text", "nothing", "no preamble", "long head", "no head", "half a head", "syntax", "class", "other"],
@@ -232,6 +232,30 @@ def test_what_is_no_instance_fails_by_itself(
     assert references(answer, "00081199") == [scu.read(path).sop_instance]
     assert reasons(answer, tag) == [reason] * 2
     assert post(desk, body(bad)).status == 409
+
+
+def test_what_is_no_uid_is_not_given_back(desk: Desk) -> None:
+    name = b"Doe^Jane" * 4000
+    head = CT.read_bytes()[:132]
+    meta = b"\x02\x00\x03\x00UI" + (len(name)).to_bytes(2, "little") + name
+    for element in (2, 0x10):
+        meta += bytes([2, 0, element, 0]) + b"UI\x04\x001.2\0"
+    bad = head + b"\x02\0\0\0UL\x04\0" + len(meta).to_bytes(4, "little") + meta
+    answer = post(desk, body(*[bad] * 50))
+    assert (answer.status, len(answer.json()["0008119A"]["Value"])) == (409, 50)
+    assert "Doe" not in answer.text
+
+
+def test_text_that_does_not_decode_is_kept_as_it_came_and_flagged(fresh: Desk) -> None:
+    content = (
+        CT.read_bytes()
+        .replace(b"ISO_IR 100", b"ISO_IR 192")
+        .replace(b"CompressedSamples^CT1", b"M\xfcllers^SamplesCT1^12")
+    )
+    assert post(fresh, body(content)).status == 200
+    fresh.server.wait_admitted()
+    (row,) = fresh.server.list()
+    assert (row["undecoded"], row["patient_name"]) == (1, "")
 
 
 def test_an_instance_of_another_study_than_the_path_fails(desk: Desk, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Status:
         opened = self._vault.opened
         with contextlib.nullcontext() if opened is None else opened.reader() as reader:
             archive = Archive(config.store_path, *config.inboxes)
-            short = space.Watch(config, config.incoming).shortage()
+            short = space.shortage(config)
             status: dict[str, Any] = {
                 "format": 1,
                 "time": now(),

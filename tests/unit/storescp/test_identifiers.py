@@ -186,8 +186,8 @@ def item(**values: Any) -> Dataset:
 @pytest.mark.parametrize(
     ("key", "supported"),
     [
-        ({"ReferringPhysicianName": ""}, True),
-        ({"ReferringPhysicianName": "X"}, False),
+        ({"PerformingPhysicianName": ""}, True),
+        ({"PerformingPhysicianName": "X"}, False),
         ({"RequestAttributesSequence": []}, True),
         ({"RequestAttributesSequence": [Dataset()]}, True),
         ({"RequestAttributesSequence": [item(ScheduledProcedureStepID="")]}, True),
