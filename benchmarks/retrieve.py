@@ -18,6 +18,7 @@ import socket
 import ssl
 import statistics
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -48,10 +49,59 @@ class Places(NamedTuple):
     secure: bool
 
 
-class OrthancBack(Orthanc):
-    """Orthanc with C-GET and its DICOMweb plugin."""
+# Orthanc's manual puts this in front of it for HTTPS. Nothing is buffered in files.
+_PROXY = """
+daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx.log;
+events {{ worker_connections 64; }}
+http {{
+  access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+  server {{
+    listen 127.0.0.1:{port} ssl; tcp_nodelay on;
+    ssl_certificate {certificate}; ssl_certificate_key {key};
+    ssl_client_certificate {authority}; ssl_verify_client on;
+    location / {{
+      proxy_pass http://127.0.0.1:{web}; proxy_http_version 1.1; proxy_max_temp_file_size 0; proxy_buffers 16 256k;
+      proxy_buffer_size 256k; proxy_busy_buffers_size 512k;
+    }}
+  }}
+}}
+"""
 
-    web = 0
+
+class OrthancBack(Orthanc):
+    """Orthanc with C-GET and its DICOMweb plugin, behind nginx where that is installed."""
+
+    web = proxy = 0
+    _nginx: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Target:
+        target = super().start()
+        program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+        if program is not None:
+            self.proxy = free_port()
+            key, certificate = self.pki.server
+            names = {"folder": self.folder, "port": self.proxy, "web": self.web, "authority": self.pki.authority}
+            file = self.folder / "nginx.conf"
+            file.write_text(_PROXY.format(key=key, certificate=certificate, **names))
+            self._nginx = subprocess.Popen([program, "-p", str(self.folder), "-c", str(file)])
+            until = time.monotonic() + 10
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", self.proxy), 1).close()
+                    break
+                except OSError:
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(0.1)
+        return target
+
+    def stop(self) -> None:
+        if self._nginx is not None:
+            self._nginx.terminate()
+            self._nginx.wait()
+            self._nginx = None
+        super().stop()
 
     def prepare(self) -> None:
         super().prepare()
@@ -61,7 +111,7 @@ class OrthancBack(Orthanc):
             "HttpServerEnabled": True,
             "HttpPort": self.web,
             "AuthenticationEnabled": False,
-            # Without TLS: Debian's Orthanc ends at the first request over HTTPS.
+            # Without TLS: Debian's Orthanc ends at the first request over HTTPS. nginx before it speaks TLS.
             "SslEnabled": False,
             "KeepAlive": True,
             "Plugins": [_PLUGIN],
@@ -73,6 +123,8 @@ class OrthancBack(Orthanc):
         file.write_text(json.dumps(settings))
 
     def places(self) -> Places:
+        if self.proxy:
+            return Places(self.target(), self.proxy, "/dicom-web", secure=True)
         return Places(self.target(), self.web, "/dicom-web", secure=False)
 
 

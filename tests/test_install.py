@@ -611,6 +611,7 @@ def test_metrics_and_forwarder_need_their_settings_only(machine: Machine) -> Non
 
 @real
 def test_a_second_run_changes_nothing_and_a_removal_leaves_the_data(machine: Machine) -> None:
+    held = status(machine)["counts"]["instances"]
     said = machine.run(PROGRAM, "install", "--program", PROGRAM)
     assert "write" not in said.replace("write /etc/strongroom/installed.json", "")
     config = (machine.root / "etc/strongroom/strongroom.toml").read_text()
@@ -626,4 +627,4 @@ def test_a_second_run_changes_nothing_and_a_removal_leaves_the_data(machine: Mac
     # And back again, with the same store.
     machine.run(PROGRAM, "install", "--program", PROGRAM)
     machine.run("systemctl", "start", "strongroom.target", "strongroom-vault", "strongroom-gate")
-    assert status(machine)["counts"]["instances"] == 1
+    assert status(machine)["counts"]["instances"] == held != 0

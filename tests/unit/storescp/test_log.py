@@ -19,6 +19,10 @@ except ValueError:
     logging.getLogger("storescp").exception("it failed")
 """
 _WARNING = 'warnings.warn("Doe^Jane")'
+_CHILDREN = """
+for name in ("pynetdicom.acse", "pydicom", "PIL.Image", "python_multipart.multipart"):
+    logging.getLogger(name).critical("Doe^Jane")
+"""
 # The settings that a library has for a process, and one thread that changed them for a moment would take from others.
 _THREADS = """
 from storescp.desk.identifiers import IdentifierError, decode, lenient
@@ -41,7 +45,9 @@ threads = [threading.Thread(target=work) for _ in range(4)]
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-@pytest.mark.parametrize("what", [_WARNING, _THREADS], ids=["a warning", "identifiers in threads"])
+@pytest.mark.parametrize(
+    "what", [_WARNING, _CHILDREN, _THREADS], ids=["a warning", "loggers of libraries", "identifiers in threads"]
+)
 def test_no_value_of_a_data_set_comes_out(form: str, what: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT.format(what), form],
