@@ -26,6 +26,7 @@ import msgspec
 
 from storescp.errors import FAILED, StrongroomError
 
+_SMALL_BYTES = 4096
 _READ_BYTES = 1 << 17
 _BODY_LIMIT = 1 << 20
 _CONNECTION_LIMIT = 64
@@ -227,8 +228,16 @@ class Server:
         if response.raw:
             switching = h11.InformationalResponse(status_code=101, headers=_UPGRADE)
             connection.sendall(state.send(switching) or b"")
+            held = bytearray()
             for part in response.parts:
+                # What is small goes with what is large behind it: whoever reads is woken once for both.
+                if len(part) < _SMALL_BYTES and len(held) < _SMALL_BYTES:
+                    held += part
+                    continue
+                connection.sendall(held)
+                held.clear()
                 connection.sendall(part)
+            connection.sendall(held)
             return
         headers = list(response.headers)
         if response.length is None:
