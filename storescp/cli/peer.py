@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import socket
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from keys import authority, encoding
 from storescp import peers
 from storescp.cli import output
 from storescp.cli.session import config_of, vault
+from storescp.cli.sheet import Issued, closed, sheet
 from storescp.config import Config, is_ae_title, parse_address
 from storescp.control import Client
 from storescp.errors import NOTHING, StrongroomError
@@ -24,30 +24,6 @@ from storescp.peers import Peer, PeerError, PeerFile
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_SHEET = """\
-Strongroom: how {title} connects
-================================
-
-Set up at the device, DICOM storage destination:
-
-  Host                   {host}
-  Port                   {port}
-  Called AE title        {called}
-  Calling AE title       {title}
-  Security               TLS 1.2 or 1.3 with a client certificate (DICOM PS3.15 B.12, BCP 195)
-  Device's private key   {key}
-  Device's certificate   {certificate}
-                         valid until {until}
-  Authority (CA)         {ca}
-  CA fingerprint         {fingerprint}
-                         (SHA-256; compare it by another way than the one this sheet came)
-
-Keep the private key on the device only, and delete it from wherever it was carried.
-
-Test it from a computer that has DCMTK, in the folder of these files; "Success" at the end is what you want:
-
-  echoscu -v -aet {title_quoted} -aec {called_quoted} +tls {key} {certificate} +cf {ca} {host} {port}
-"""
 
 
 @click.group("peer")
@@ -114,6 +90,7 @@ def add(
       $ strongroom peer add CT1 --issue ./for-the-vendor --address 10.1.2.0/24
       $ strongroom peer add MR2 --certificate mr2.pem --objects-per-minute 3000
       $ strongroom peer add VIEW1 --issue ./view1 --operation find --operation get --sees-modality US
+      $ strongroom peer add UPLOAD --issue ./upload --role sender
     """
     ways = sum((folder is not None, certificate is not None, key is not None, name is not None, plaintext))
     if ways != 1:
@@ -147,7 +124,7 @@ def add(
     _check(msgspec.structs.replace(wanted, plaintext=True), file)
     with vault(config, unlocked=folder is not None) as client:
         if folder is not None:
-            wanted.certificates = [_issue(client, config, title, folder, days, host)]
+            wanted.certificates = [_issue(client, config, wanted, folder, days, host)]
         elif certificate is not None:
             wanted.certificates = [_bound(certificate)]
         _check(wanted, file)
@@ -156,6 +133,8 @@ def add(
     click.echo(f"peer {title} added: {file}")
     if folder is not None:
         click.echo(f"for the vendor's engineer: {folder}")
+    for what in closed(config, wanted):
+        click.echo(f"{what}; then start again (docs/desk.md)", err=True)
 
 
 @peer_command.command("renew")
@@ -198,7 +177,7 @@ def renew(
         if finish:
             _finish(client, peer, wanted, force)
         elif folder is not None:
-            wanted.certificates.append(_issue(client, config, peer.ae_title, folder, days, host))
+            wanted.certificates.append(_issue(client, config, wanted, folder, days, host))
         else:
             wanted.certificates.append(_another(_bound(certificate or Path()), peer))
         _check(wanted, peer.file)
@@ -376,7 +355,8 @@ def _uses(config: Config) -> dict[str, str]:
         return {}
 
 
-def _issue(client: Client, config: Config, title: str, folder: Path, days: int, host: str | None) -> str:
+def _issue(client: Client, config: Config, peer: PeerFile, folder: Path, days: int, host: str | None) -> str:
+    title = peer.ae_title
     stem = peers.file_name(title).removesuffix(".toml")
     key_file, certificate_file, ca_file = folder / f"{stem}.key", folder / f"{stem}.pem", folder / "ca.pem"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -388,25 +368,23 @@ def _issue(client: Client, config: Config, title: str, folder: Path, days: int, 
     encoding.create(key_file, authority.private_pem(key))
     encoding.create(certificate_file, issued["certificate"].encode(), mode=0o644)
     encoding.replace(ca_file, issued["authority"].encode(), mode=0o644)
-    own_host, port = parse_address(config.settings.gate.listen[0])
-    wildcard = own_host in {"0.0.0.0", "::"}  # noqa: S104
     print_hex = peers.fingerprint(issued["authority"])
-    called = config.settings.gate.ae_title
-    sheet = _SHEET.format(
-        title=title,
-        title_quoted=shlex.quote(title),
-        called=called,
-        called_quoted=shlex.quote(called),
-        host=host or (socket.gethostname() if wildcard else own_host),
-        port=port,
-        key=key_file.name,
-        certificate=certificate_file.name,
-        ca=ca_file.name,
-        until=_expiry(issued["certificate"]),
-        fingerprint=":".join(print_hex[i : i + 2].upper() for i in range(0, 64, 2)),
+    made = Issued(
+        key_file.name,
+        certificate_file.name,
+        ca_file.name,
+        _expiry(issued["certificate"]),
+        ":".join(print_hex[i : i + 2].upper() for i in range(0, 64, 2)),
     )
-    encoding.replace(folder / f"{stem}.txt", sheet.encode(), mode=0o644)
+    text = sheet(config, peer, made, host or _own_name(config))
+    encoding.replace(folder / f"{stem}.txt", text.encode(), mode=0o644)
     return str(issued["certificate"])
+
+
+def _own_name(config: Config) -> str:
+    """Return what this machine is called where it listens on every address; else it is known by those."""
+    own, _ = parse_address(config.settings.gate.listen[0])
+    return socket.gethostname() if own in {"0.0.0.0", "::"} else ""  # noqa: S104
 
 
 def _expiry(pem: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import io
+import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +194,21 @@ def test_other_content_under_a_uid_that_is_held_waits_for_a_decision(fresh: Desk
     assert list(exported(fresh.server).values()) == [raw_data_set(CT)]
     (kept,) = fresh.server.ok("quarantine", "list", "--json").json()["items"]
     assert kept["study"] == scu.read(CT).study
+
+
+@pytest.mark.needs("curl")
+@pytest.mark.parametrize(("title", "shown"), [("SHEETS", "415"), ("SHEETR", "[")])
+def test_what_the_sheet_says_to_try_shows_what_it_says(fresh: Desk, title: str, shown: str) -> None:
+    # The port is the system's; a sheet names the configuration's.
+    fresh.server.set("desk", web=[f"127.0.0.1:{fresh.port}"])
+    assert post(fresh, body(*read(CT))).status == 200
+    fresh.server.wait_admitted()
+    fresh.add_peer(title, "--role", {"SHEETS": "sender", "SHEETR": "reader"}[title])
+    fresh.server.wait_log(r"desk: peers and certificates read: 6 peers")
+    folder = fresh.server.home / "issued" / title
+    (command,) = re.findall(r"^  (curl .*)$", (folder / f"{title}.txt").read_text(), re.MULTILINE)
+    done = subprocess.run(f"{command} --silent", shell=True, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(shown), (command, done.stdout, done.stderr)
 
 
 # --- what is not
