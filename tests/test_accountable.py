@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ import scu
 from conftest import Server, changed, find_command, send
 from pydicom.data import get_testdata_file
 from scu import raw_data_set
-from users import GATE, VAULT, being
+from users import GATE, VAULT, being, open_folder
 
 CT = Path(str(get_testdata_file("CT_small.dcm")))
 MR = Path(str(get_testdata_file("MR_small.dcm")))
@@ -817,19 +816,16 @@ def test_a_disk_that_refuses_events_stops_nobody_from_storing_and_they_come_late
 @pytest.fixture
 def two() -> Iterator[Server]:
     """A server whose gate and vault are two users."""
-    # pytest's own folders are closed to other users.
-    folder = Path(tempfile.mkdtemp(prefix="strongroom-audit-"))
-    folder.chmod(0o755)
-    server = Server(folder / "s")
-    try:
-        server.init("--vault-user", VAULT, "--gate-user", GATE)
-        server.add_peer("CT1")
-        server.set("gate", pack_idle_seconds=1)
-        yield server.start()
-    finally:
-        server.stop(signal.SIGKILL)
-        server.kill_all()
-        shutil.rmtree(folder)
+    with open_folder() as folder:
+        server = Server(folder / "s")
+        try:
+            server.init("--vault-user", VAULT, "--gate-user", GATE)
+            server.add_peer("CT1")
+            server.set("gate", pack_idle_seconds=1)
+            yield server.start()
+        finally:
+            server.stop(signal.SIGKILL)
+            server.kill_all()
 
 
 @pytest.mark.needs_root

@@ -5,10 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import pwd
-import shutil
 import signal
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pytest
 from conftest import Server, changed, send
 from pydicom.data import get_testdata_file
 from scu import raw_data_set
-from users import GATE, VAULT, being
+from users import GATE, VAULT, being, open_folder
 
 from keys.seal import context, seal
 from keys.versions import new_key, read_deposit_key
@@ -32,11 +30,8 @@ pytestmark = pytest.mark.needs_root
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    # pytest's own folders are closed to other users.
-    folder = Path(tempfile.mkdtemp(prefix="strongroom-two-"))
-    folder.chmod(0o755)
-    yield folder / "s"
-    shutil.rmtree(folder)
+    with open_folder() as folder:
+        yield folder / "s"
 
 
 @pytest.fixture

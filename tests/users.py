@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 VAULT, GATE, DESK, OTHER = "daemon", "nobody", "games", "backup"
 
@@ -24,3 +27,14 @@ def being(name: str) -> Iterator[None]:
         os.seteuid(0)
         os.setegid(0)
         os.setgroups(groups)
+
+
+@contextlib.contextmanager
+def open_folder() -> Iterator[Path]:
+    """Give a folder that other users may enter, which pytest's own are not; remove it at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="strongroom-users-"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)

@@ -13,11 +13,9 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-import pydicom.charset
-
 from storage.attributes import Received
 from storescp.desk.web_dataset import PIXEL_DATA, DatasetError, Element, Item, Reader
-from storescp.gate.describe import CHARACTER_SET, Describer
+from storescp.gate.describe import CHARACTER_SET, Describer, character_sets, decoder
 from storescp.gate.transfer import Encoding
 
 # A binary value above this has an address of its own, text above the other one.
@@ -171,15 +169,10 @@ def _tags(value: bytes, encoding: Encoding) -> Iterator[str]:
 
 
 def _long(value: bytes, names: bytes, vr: str) -> list[Any]:
-    codes = [name.strip() for name in names.decode("ascii", "replace").split("\\")]
-    encodings = [pydicom.charset.python_encoding.get(code, "ascii") for code in codes]
     stripped = value.rstrip(b"\0 ")
     try:
-        if vr == "UR":
-            text = stripped.decode("ascii")
-        else:
-            text = pydicom.charset.decode_bytes(stripped, encodings, {ord("\n"), ord("\r"), ord("\t"), ord("\f")})
-            text.encode()
+        decode = decoder([""] if vr == "UR" else character_sets(names), is_name=False)
+        text = decode(stripped)
     except (UnicodeError, LookupError, ValueError):
         text = stripped.decode("ascii", "replace")
     return [text] if text else []

@@ -54,7 +54,7 @@ class Describer:
         if self._setting != (raw_names, encoding):
             self._setting = (raw_names, encoding)
             self._before = {}
-        names = [_spelt(part.strip("\0 ")) for part in raw_names.decode("ascii", "replace").split("\\")]
+        names = character_sets(raw_names)
         before, now = self._before, {}
         dataset: dict[str, Element] = {}
         undecoded: dict[str, Undecoded] = {}
@@ -113,7 +113,7 @@ def _values(vr: str, raw: bytes, names: list[str], encoding: Encoding) -> list[A
         return []
     if vr not in _TEXT:
         return [_tidy(part) or None for part in raw.decode("ascii").strip("\0 ").split("\\")]
-    decode = _decoder(names)
+    decode = decoder(names, is_name=vr == "PN")
     raw = raw.rstrip(b"\0 ")
     if names[0] in _TWO_BYTES:
         # A backslash or equals sign may be the second byte of a character: only text can be split.
@@ -130,8 +130,13 @@ def struct_order(encoding: Encoding) -> Any:
     return "little" if encoding.little_endian else "big"
 
 
-def _decoder(names: list[str]) -> Callable[[bytes], str]:
-    """Return what decodes one part of a text.
+def character_sets(raw: bytes) -> list[str]:
+    """Return the defined terms in a value of Specific Character Set (0008,0005), as far as they can be made out."""
+    return [_spelt(part.strip("\0 ")) for part in raw.decode("ascii", "replace").split("\\")]
+
+
+def decoder(names: list[str], *, is_name: bool) -> Callable[[bytes], str]:
+    """Return what decodes one part of a text, of a person's name or another one; it raises UnicodeError.
 
     Raises:
         LookupError: A character set is none of DICOM's.
@@ -149,7 +154,7 @@ def _decoder(names: list[str]) -> Callable[[bytes], str]:
     def decode(raw: bytes) -> str:
         if unexplained is not None and unexplained.search(raw):
             raise UnicodeError("bytes that the character set does not explain")
-        text = _LEFT_OVER.sub("", charset.decode(raw, encodings))
+        text = _LEFT_OVER.sub("", charset.decode(raw, encodings, is_name=is_name))
         # Codecs of UTF-16 heritage let lone surrogates pass, which are no text.
         text.encode("utf-8")
         return text

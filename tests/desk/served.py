@@ -7,7 +7,6 @@ import signal
 import socket
 import ssl
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context, build_role
-from users import DESK, GATE, VAULT
+from users import DESK, GATE, VAULT, open_folder
 
 from storescp import peers
 from storescp.gate import dimse, negotiate, wire
@@ -135,27 +134,24 @@ def desk(factory: pytest.TempPathFactory | Callable[[], Path], prepare: Callable
 @contextmanager
 def three_users() -> Iterator[Desk]:
     """Make a store whose gate, vault and desk are three users, not yet started; end and remove it at the end."""
-    # pytest's own folders are closed to other users.
-    folder = Path(tempfile.mkdtemp(prefix="strongroom-three-"))
-    folder.chmod(0o755)
-    server = Desk(folder / "s")
-    try:
-        server.init("--vault-user", VAULT, "--gate-user", GATE)
-        server.set("gate", pack_idle_seconds=1)
-        keys = server.home / "tls" / "desk"
-        keys.mkdir(mode=0o750)
-        for name in ("server.pem", "server.key"):
-            shutil.copy(server.home / "tls" / name, keys / name)
-        for path in (keys, *keys.iterdir()):
-            shutil.chown(path, DESK, DESK)
-        own = {"certificate": "tls/desk/server.pem", "private_key": "tls/desk/server.key"}
-        server.set("desk", listen=["127.0.0.1:0"], web=["127.0.0.1:0"], user=DESK, **own)
-        yield server
-    finally:
-        server.stop(signal.SIGKILL)
-        server.kill_all()
-        server.kill("desk")
-        shutil.rmtree(folder)
+    with open_folder() as folder:
+        server = Desk(folder / "s")
+        try:
+            server.init("--vault-user", VAULT, "--gate-user", GATE)
+            server.set("gate", pack_idle_seconds=1)
+            keys = server.home / "tls" / "desk"
+            keys.mkdir(mode=0o750)
+            for name in ("server.pem", "server.key"):
+                shutil.copy(server.home / "tls" / name, keys / name)
+            for path in (keys, *keys.iterdir()):
+                shutil.chown(path, DESK, DESK)
+            own = {"certificate": "tls/desk/server.pem", "private_key": "tls/desk/server.key"}
+            server.set("desk", listen=["127.0.0.1:0"], web=["127.0.0.1:0"], user=DESK, **own)
+            yield server
+        finally:
+            server.stop(signal.SIGKILL)
+            server.kill_all()
+            server.kill("desk")
 
 
 class Raw:

@@ -18,7 +18,8 @@ import pytest
 import scu
 from conftest import Server, changed
 from scu import raw_data_set
-from test_accountable import wait_event
+from test_accountable import until, wait_event
+from test_full import Disk
 from test_rotate import WAIVERS
 from test_store import exported
 from test_web import JSON, PREFIX, Answer, Desk, file
@@ -367,6 +368,51 @@ def test_without_room_nothing_is_taken(make_server: Callable[[], Server], tmp_pa
     again(desk)
     answer = post(desk, body(*read(new(tmp_path))))
     assert (answer.status, reasons(answer)) == (409, [0xA700])
+
+
+@pytest.mark.needs_root
+def test_a_disk_that_fills_up_within_an_instance_keeps_nothing_of_it_and_all_before(
+    make_server: Callable[[], Server], tmp_path: Path
+) -> None:
+    desk = Desk(make_server(), PEERS[:1])
+    desk.server.set("store", reserve_bytes=1 << 20)
+    desk.server.stop()
+    disk = Disk(desk.server.home / "spool" / "incoming-desk", 12)
+    try:
+        again(desk)
+        small, after = new(tmp_path), new(tmp_path)
+        big = pydicom.dcmread(new(tmp_path))
+        big.PixelData = bytes(30 << 20)
+        big.save_as(tmp_path / "big.dcm")
+        answer = post(desk, body(*read(small, tmp_path / "big.dcm", after)))
+        assert (answer.status, reasons(answer)) == (202, [0xA700]), desk.server.log
+        stored = [scu.read(path).sop_instance for path in (small, after)]
+        assert references(answer, "00081199") == stored
+        desk.server.wait_admitted()
+        assert sorted(exported(desk.server)) == sorted(stored)
+        assert desk.server.status()["counts"]["unreadable"] == 0
+        desk.server.stop()
+    finally:
+        disk.unmount()
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_a_desk_that_is_killed_within_a_store_leaves_nothing_half(fresh: Desk, tmp_path: Path, part: float) -> None:
+    paths = [new(tmp_path) for _ in range(40)]
+    content = body(*read(*paths))
+    plain = socket.create_connection(("127.0.0.1", fresh.port), 30)
+    with fresh.context("SENDER").wrap_socket(plain, server_hostname="127.0.0.1") as sock:
+        head = f"POST {PREFIX}/studies HTTP/1.1\r\nHost: x\r\nContent-Type: {KIND}\r\n"
+        head += f"Content-Length: {len(content)}\r\n\r\n"
+        sock.sendall(head.encode() + content[: int(len(content) * part)])
+        until(lambda: any((fresh.server.home / "spool" / "incoming-desk").iterdir()), "nothing came")
+        fresh.server.kill("desk")
+    fresh.server.wait_admitted()
+    whole = {scu.read(path).sop_instance: raw_data_set(path) for path in paths}
+    came = exported(fresh.server)
+    assert came
+    assert came.items() <= whole.items()
+    assert (fresh.server.run("verify").status, fresh.server.status()["counts"]["unreadable"]) == (0, 0)
 
 
 def test_a_day_that_is_used_up_takes_no_more(make_server: Callable[[], Server], tmp_path: Path) -> None:

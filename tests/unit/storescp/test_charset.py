@@ -15,26 +15,29 @@ from storescp.gate.transfer import ENCODINGS
 
 EXPLICIT = ENCODINGS["1.2.840.10008.1.2.1"]
 SETS = sorted(set(pydicom.charset.python_encoding.values()))
-DELIMITERS = {ord(c) for c in "^\n\r\t\f"}
+OF_TEXT = {ord(c) for c in "\n\r\t\f"}
 PIECES = [*pydicom.charset.CODES_TO_ENCODINGS, b"\x1b", b"\x1b$", b"\x1bXY", b"^", b"\n", b"Doe", "ü".encode(), b"\xfc"]
 
 
 @given(
     st.lists(st.one_of(st.sampled_from(PIECES), st.binary(max_size=6)), max_size=8).map(b"".join),
     st.lists(st.sampled_from(SETS), min_size=1, max_size=3),
+    st.booleans(),
 )
-@example(b"\x1b", ["ascii"])
-@example(b"\x1b$", ["ascii"])
-@example(b"Doe\x1b$BAB\x1b(B^x", ["ascii", "iso2022_jp"])
-def test_it_is_what_pydicom_makes_of_it_where_it_is_strict(raw: bytes, encodings: list[str]) -> None:
+@example(b"\x1b", ["ascii"], True)
+@example(b"\x1b$", ["ascii"], True)
+@example(b"Doe\x1b$BAB\x1b(B^x", ["ascii", "iso2022_jp"], True)
+@example(b"\x1b$)C\xb1\xe8^\xb1\xe8", ["ascii", "euc_kr"], False)
+def test_it_is_what_pydicom_makes_of_it_where_it_is_strict(raw: bytes, encodings: list[str], is_name: bool) -> None:
+    delimiters = OF_TEXT | {ord("^")} if is_name else OF_TEXT
     assert pydicom.config.settings.reading_validation_mode == pydicom.config.RAISE
     try:
-        expected = pydicom.charset.decode_bytes(raw, encodings, DELIMITERS)
+        expected = pydicom.charset.decode_bytes(raw, encodings, delimiters)
     except (UnicodeError, ValueError):
         with pytest.raises(UnicodeError):
-            charset.decode(raw, encodings)
+            charset.decode(raw, encodings, is_name=is_name)
         return
-    assert charset.decode(raw, encodings) == expected
+    assert charset.decode(raw, encodings, is_name=is_name) == expected
 
 
 @pytest.mark.usefixtures("lenient_pydicom")
