@@ -54,6 +54,8 @@ def ports(config: Config) -> set[int]:
 def places(config: Config) -> tuple[Place, ...] | Unseen:
     """Return what the parts of a store lie on."""
     named = {"store": config.store_path, "incoming": config.incoming}
+    if config.desk_incoming.exists():
+        named["incoming-desk"] = config.desk_incoming
     if config.settings.keys.anchor == "file":
         named["anchors"] = config.anchors
     if config.key_file is not None:
